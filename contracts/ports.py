@@ -1,0 +1,368 @@
+"""The Protocols through which the rooms meet. Every port takes and returns sequences, in order.
+
+Adapters: `resilience.rabbit` (Publisher), `resilience.redis` (StateStore), `governance.postgres`
+(Ledger, Registry, AuditLog, DeadLetters, Credentials, Tenants). A port raises an
+InfrastructureError when its server does not answer; nothing else of a server leaks through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Protocol
+
+from contracts.codec import Entry
+from contracts.state import AuditRecord, EventState, Pin, SubjectHistory, Thresholds
+from contracts.telemetry import Measurement
+from contracts.tenancy import TenantScope
+
+
+class Clock(Protocol):
+    """The time, injected."""
+
+    def now(self) -> datetime:
+        """Aware, UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds from an arbitrary start, never going back."""
+        ...
+
+
+class Ids(Protocol):
+    """Identifiers, injected."""
+
+    def token(self) -> str:
+        """32 random hex digits: a lock token."""
+        ...
+
+    def uuid7(self) -> str:
+        """A time-ordered UUID (RFC 9562, version 7)."""
+        ...
+
+
+# --- broker -----------------------------------------------------------------------------------------
+
+
+class Confirm(StrEnum):
+    """What is known of one published message."""
+
+    CONFIRMED = "confirmed"
+    UNROUTABLE = "unroutable"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One AMQP message to publish. `exchange` "" is the default exchange (routing key = queue)."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    message_id: str
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    persistent: bool = True
+    mandatory: bool = True
+    content_type: str = "application/octet-stream"
+    correlation_id: str | None = None
+    confirm: bool = True
+
+
+class Publisher(Protocol):
+    """Publishes messages; all confirms of a call are awaited together."""
+
+    async def publish(self, messages: Sequence[Message]) -> Sequence[Confirm]:
+        """One Confirm per message. UNKNOWN means: send the same message again. Never raises for one message."""
+        ...
+
+
+# --- state store ------------------------------------------------------------------------------------
+
+
+class Reserved(StrEnum):
+    """What the door's reservation found."""
+
+    NEW = "new"
+    REPEAT = "repeat"
+    CONFLICT = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The answer to one reservation; `state` holds the stored version 0 to publish (None once it moved on)."""
+
+    verdict: Reserved
+    version: int
+    stored: bytes | None
+
+
+class ClaimVerdict(StrEnum):
+    """The rows of the claim table (see docs/protocol.md)."""
+
+    GO = "go"
+    TWIN = "twin"
+    INSTALLED = "installed"
+    ABSENT = "absent"
+    DONE = "done"
+    LOCKED = "locked"
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """Claim this entry; `install_absent` says that PostgreSQL was asked and holds no decision."""
+
+    entry: Entry
+    install_absent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The answer to one claim.
+
+    `stored`: the bytes to go on with (GO, TWIN, INSTALLED) or the newer version's (DONE; None when only a
+    tombstone is left: ask PostgreSQL). `output`: a carrier's bytes that version DONE still has to re-publish.
+    `owes_trail`: every record up to this version joins the output. `lease_ms`: the other holder's (LOCKED).
+    """
+
+    verdict: ClaimVerdict
+    token: str
+    version: int
+    stored: bytes | None = None
+    output: bytes | None = None
+    owes_trail: bool = False
+    lease_ms: int = 0
+    holder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """Move one claimed event on to the next version. `tombstone` keeps a few bytes instead of the state."""
+
+    scope: TenantScope
+    event_id: str
+    token: str
+    expected_version: int
+    expected_digest: str
+    version: int
+    digest: str
+    body_digest: str
+    stored: bytes
+    output: bytes
+    tombstone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One entry of this process under its lock token."""
+
+    scope: TenantScope
+    event_id: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """What the state store knows of an event; `stored` is None once only a tombstone is left."""
+
+    version: int
+    status: str
+    body_digest: str
+    stored: bytes | None
+    holder: str = ""
+
+
+class StateStore(Protocol):
+    """The current version, lock and stored output of each event (Redis)."""
+
+    async def reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
+        """Store version 0 unless the identity is known: the answer says which."""
+        ...
+
+    async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
+        """Lock each entry for this process under `token` and compare it with what is stored."""
+        ...
+
+    async def advance(self, moves: Sequence[Advance]) -> Sequence[bool]:
+        """Store the next version and release the lock; False = the lock is no longer mine (claim again)."""
+        ...
+
+    async def release(self, held: Sequence[Held]) -> None:
+        """Give locks back without advancing; a lock that is not mine is left alone."""
+        ...
+
+    async def peek(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[Peek | None]:
+        """Read without claiming."""
+        ...
+
+    async def forget(self, keys: Sequence[tuple[TenantScope, str, str]]) -> None:
+        """Remove version 0 reservations (scope, event id, digest) whose event was refused."""
+        ...
+
+    async def beat(self) -> None:
+        """Say that this process is alive (kept for three beats)."""
+        ...
+
+    async def alive(self, boots: Sequence[str]) -> Sequence[bool]:
+        """Whether each of these processes is alive."""
+        ...
+
+    async def begin_alone(self, scope: TenantScope, event_id: str, stage: str) -> int:
+        """Note that this process runs a suspect alone; returns how many processes died doing so."""
+        ...
+
+    async def end_alone(self, scope: TenantScope, event_id: str, stage: str) -> None:
+        """The suspect settled: forget it."""
+        ...
+
+
+# --- database ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRow:
+    """The highest revision of an event's decision: canonical Decision bytes, and the state that it stands on."""
+
+    body_digest: str
+    revision: int
+    outcome: str
+    decision: bytes
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """The owner of an identity: body digest of the `events` row, and its decision if there is one."""
+
+    body_digest: str
+    decision: DecisionRow | None
+
+
+class Ledger(Protocol):
+    """Events and decisions (PostgreSQL): the arbiter of who owns an identity and of the outcome."""
+
+    async def record_events(self, states: Sequence[EventState]) -> Sequence[EventRow]:
+        """Insert `events` rows ON CONFLICT DO NOTHING, then read back the owner and its decision."""
+        ...
+
+    async def decisions(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[DecisionRow | None]:
+        """The highest revision of each event's decision."""
+        ...
+
+    async def decide(self, states: Sequence[EventState]) -> Sequence[DecisionRow]:
+        """One transaction: insert revision 1 of each decided state, open approvals of those that won, read back."""
+        ...
+
+    async def known(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[bool]:
+        """Whether the `events` table has each event."""
+        ...
+
+    async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
+        """The subject's earlier events, by `events`; the event itself and later ones are not counted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveSet:
+    """What decides for one tenant now: an approved, active version of each kind, or None."""
+
+    model: Pin | None
+    policy: Pin | None
+    guardrail: Pin | None
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """The immutable content of a registered version; `content` is parsed JSON whose digest was verified."""
+
+    kind: str
+    pin: Pin
+    content: Mapping[str, Any]
+
+
+class Registry(Protocol):
+    """Approved versions of what decides."""
+
+    async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:
+        """The active versions per tenant for an event kind and type; at most 2 s old."""
+        ...
+
+    async def artifacts(self, pins: Sequence[Pin]) -> Sequence[Artifact]:
+        """Content by digest. Raises InvalidModelStateError when it does not match, ModelNotApprovedError when absent."""
+        ...
+
+
+class AuditLog(Protocol):
+    """The per-tenant hash chain."""
+
+    async def append(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
+        """Append each record once, in one transaction; False = it was already there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One parked entry: why, and the bytes to replay. `letter_id` names entry and attempt."""
+
+    letter_id: str
+    scope: TenantScope | None
+    event_id: str
+    stage: str
+    category: str
+    problem: str
+    exception_class: str
+    fingerprint: str
+    attempts: int
+    first_failed_at: str
+    last_failed_at: str
+    body: bytes
+
+
+class DeadLetters(Protocol):
+    """The table `dead_letters`."""
+
+    async def park(self, letters: Sequence[DeadLetter]) -> None:
+        """Insert once each; a repeat changes nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TenantProfile:
+    """A tenant as its callers see it."""
+
+    scope: TenantScope
+    name: str
+    broker_user: str | None
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls: a tenant's SERVICE key; `key_id` is the public prefix of the key."""
+
+    scope: TenantScope
+    key_id: str
+    role: str = "SERVICE"
+
+
+class Directory(Protocol):
+    """Tenants and credentials."""
+
+    async def principal(self, api_key: str) -> Principal | None:
+        """The owner of an API key, or None; at most 5 s old. Compared in constant time."""
+        ...
+
+    async def tenants(self) -> Sequence[TenantProfile]:
+        """Every tenant; at most 5 s old."""
+        ...
+
+
+class Telemetry(Protocol):
+    """Metrics records: unconfirmed, may be lost, may count duplicates; never hold up an entry."""
+
+    def record(self, *measurements: Measurement) -> None:
+        """Queue measurements for the metrics sink."""
+        ...

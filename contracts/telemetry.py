@@ -1,0 +1,151 @@
+"""Metric names, their bounded labels, and the context of a log line: closed sets.
+
+No payload, no identifier of a person and no exception text ever becomes a label or a log field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class MetricType(StrEnum):
+    """How a metric's values combine."""
+
+    COUNTER = "counter"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric: full Prometheus name, type, help text, label names."""
+
+    name: str
+    type: MetricType
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+_C, _H = MetricType.COUNTER, MetricType.HISTOGRAM
+
+REQUESTS = Metric("riskfleet_requests_total", _C, "Submissions by door and result.", ("door", "result"))
+REQUEST_SECONDS = Metric("riskfleet_request_seconds", _H, "Latency of a submission at its door.", ("door",))
+REFUSALS = Metric("riskfleet_refusals_total", _C, "Refused submissions by problem.", ("door", "problem"))
+EXECUTIONS = Metric("riskfleet_workflow_executions_total", _C, "Entries advanced by stage and kind.", ("stage", "kind"))
+DECISIONS = Metric("riskfleet_decisions_total", _C, "Decisions by outcome.", ("kind", "outcome", "tenant"))
+APPROVALS_OPENED = Metric("riskfleet_approvals_required_total", _C, "Approvals opened.", ("kind", "tenant"))
+STAGE_SECONDS = Metric("riskfleet_stage_seconds", _H, "Time from delivery to settlement.", ("stage",))
+END_TO_END_SECONDS = Metric("riskfleet_end_to_end_seconds", _H, "Time from receipt to decision row.", ("kind",))
+RETRIES = Metric("riskfleet_retries_total", _C, "Entries sent to the retry ladder.", ("stage", "category"))
+PARKED = Metric("riskfleet_parked_total", _C, "Entries parked.", ("stage", "category"))
+FAILURES = Metric("riskfleet_failures_total", _C, "Failures by category.", ("stage", "category"))
+DUPLICATES = Metric("riskfleet_duplicates_suppressed_total", _C, "Deliveries that were already done.", ("stage",))
+STALE_WRITES = Metric("riskfleet_stale_writes_refused_total", _C, "Advances refused by the fence.", ("stage",))
+LOCK_WAITS = Metric("riskfleet_lock_waits_total", _C, "Entries that waited on another holder's lease.", ("stage",))
+SUSPECTS = Metric("riskfleet_suspects_total", _C, "Entries run alone after their holder died.", ("stage",))
+AUDIT_RECORDS = Metric("riskfleet_audit_records_total", _C, "Audit records appended or already present.", ("result",))
+
+METRICS: Mapping[str, Metric] = {
+    m.name: m
+    for m in (
+        REQUESTS,
+        REQUEST_SECONDS,
+        REFUSALS,
+        EXECUTIONS,
+        DECISIONS,
+        APPROVALS_OPENED,
+        STAGE_SECONDS,
+        END_TO_END_SECONDS,
+        RETRIES,
+        PARKED,
+        FAILURES,
+        DUPLICATES,
+        STALE_WRITES,
+        LOCK_WAITS,
+        SUSPECTS,
+        AUDIT_RECORDS,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One value for one metric: an increment of a counter or an observation (seconds) of a histogram."""
+
+    metric: Metric
+    value: float = 1.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+LOG_FIELDS = frozenset(
+    [
+        "event",
+        "level",
+        "timestamp",
+        "logger",
+        "role",
+        "tenant",
+        "event_id",
+        "stage",
+        "n",
+        "digest",
+        "attempts",
+        "category",
+        "problem",
+        "fingerprint",
+        "kind",
+        "outcome",
+        "correlation_id",
+        "traceparent",
+        "queue",
+        "partition",
+        "count",
+        "seconds",
+        "exception_class",
+        "reason",
+        "server",
+        "port",
+        "pid",
+        "status",
+        "version",
+        "door",
+        "request_id",
+        "method",
+        "path",
+        "boot",
+        "suspect",
+        "error_detail",
+    ]
+)
+"""The fields that a log line may have; everything else is dropped before it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """Whom a piece of work is for: bound once at the door or at a delivery."""
+
+    tenant: str | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
+    event_id: str | None = None
+
+
+_current: ContextVar[Correlation] = ContextVar("riskfleet_correlation", default=Correlation())  # noqa: B039 - frozen
+
+
+def current_correlation() -> Correlation:
+    """The correlation that is bound here; empty outside any piece of work."""
+    return _current.get()
+
+
+@contextmanager
+def bind_correlation(correlation: Correlation) -> Iterator[None]:
+    """Bind a correlation to every log line and record made inside the block."""
+    token = _current.set(correlation)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,190 @@
+"""The AMQP topology as data: `riskfleet topology apply` makes it, `check` compares, workers only look.
+
+The version is in queue names and never in keys, so that another number of partitions can run beside
+this one. Limits, TTLs and dead-letter targets are policies, since arguments cannot be changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+VERSION = "v1"
+INGEST = "risk.ingest"
+UNROUTED = "risk.ingest.unrouted"
+DECISIONS = "risk.decisions"
+REJECTED = "risk.rejected"
+WORK = f"risk.{VERSION}.work"
+METRICS_QUEUE = f"risk.{VERSION}.metrics"
+
+
+class Stage(StrEnum):
+    """The four stages, in pipeline order."""
+
+    RETRIEVAL = "retrieval"
+    SCORING = "scoring"
+    GUARDRAIL = "guardrail"
+    DECISION = "decision"
+
+
+STAGES: tuple[Stage, ...] = tuple(Stage)
+
+RUNGS: tuple[tuple[str, int], ...] = (("100ms", 100), ("1s", 1_000), ("5s", 5_000), ("15s", 15_000), ("30s", 30_000))
+"""The retry ladder: name and TTL in milliseconds of each rung."""
+
+PARKED_SOURCES: tuple[str, ...] = (*STAGES, "ingress", "audit")
+
+
+def stage_queue(stage: str, partition: int) -> str:
+    """The work queue of a stage and partition."""
+    return f"risk.{VERSION}.{stage}.p{partition:02d}"
+
+
+def audit_queue(partition: int) -> str:
+    """The audit queue of a partition."""
+    return f"risk.{VERSION}.audit.p{partition:02d}"
+
+
+def rung_exchange(delay: str) -> str:
+    """The exchange in front of a rung: publish to it with the *target queue* as routing key."""
+    return f"risk.{VERSION}.retry.{delay}"
+
+
+def rung_queue(delay: str) -> str:
+    """The queue of a rung of the retry ladder."""
+    return f"risk.{VERSION}.retry.{delay}"
+
+
+def parked_queue(source: str) -> str:
+    """Dead letters of a stage on their way to the table `dead_letters`."""
+    return f"risk.{VERSION}.parked.{source}"
+
+
+def first_rung(at_least_ms: int) -> str:
+    """The name of the first rung that waits at least this long; the last one when none does."""
+    return next((name for name, ttl in RUNGS if ttl >= at_least_ms), RUNGS[-1][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One durable exchange."""
+
+    name: str
+    type: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One durable queue; its type is the one thing that is an argument."""
+
+    name: str
+    type: str = "quorum"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Declare arguments; another value for an existing queue is refused by the broker (406)."""
+        return {"x-queue-type": self.type}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Exchange → queue by routing key."""
+
+    exchange: str
+    queue: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One broker policy: a pattern over queue names and what holds for them. One policy matches a queue."""
+
+    name: str
+    pattern: str
+    definition: dict[str, Any]
+    priority: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Everything that the broker must hold before a fleet may start."""
+
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+    bindings: tuple[Binding, ...]
+    policies: tuple[Policy, ...]
+
+
+def tenant_ingest(tenant_queue: str, tenant_id: str) -> Topology:
+    """The part of the topology that a tenant with a broker user adds."""
+    return Topology((), (Queue(tenant_queue),), (Binding(INGEST, tenant_queue, f"{tenant_id}.#"),), ())
+
+
+def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
+    """The whole topology for a number of partitions; `queue_bytes` limits each stage queue (bytes)."""
+    parts = range(partitions)
+    stage_queues = [stage_queue(stage, p) for stage in STAGES for p in parts]
+    audit_queues = [audit_queue(p) for p in parts]
+    work = (*stage_queues, *audit_queues)
+    parked = [parked_queue(source) for source in PARKED_SOURCES]
+    rungs = [(rung_exchange(name), rung_queue(name), ttl) for name, ttl in RUNGS]
+    return Topology(
+        exchanges=(
+            Exchange(INGEST, "topic", {"alternate-exchange": UNROUTED}),
+            Exchange(UNROUTED, "fanout"),
+            Exchange(DECISIONS, "topic"),
+            Exchange(REJECTED, "topic"),
+            Exchange(WORK, "direct"),
+            *(Exchange(exchange, "topic") for exchange, _, _ in rungs),
+        ),
+        queues=(
+            *(Queue(name) for name in work),
+            *(Queue(name) for name in parked),
+            *(Queue(queue) for _, queue, _ in rungs),
+            Queue(METRICS_QUEUE, "classic"),
+            Queue(UNROUTED),
+        ),
+        bindings=(
+            *(Binding(WORK, name, name) for name in (*work, *parked)),
+            *(Binding(exchange, queue, "#") for exchange, queue, _ in rungs),
+            Binding(UNROUTED, UNROUTED, ""),
+        ),
+        policies=(
+            *(_stage_policy(stage, queue_bytes) for stage in STAGES),
+            Policy("rf-audit", rf"^risk\.{VERSION}\.audit\.", _bounded(queue_bytes)),
+            *(
+                Policy(f"rf-retry-{name}", rf"^risk\.{VERSION}\.retry\.{name}$", _rung(ttl, queue_bytes))
+                for name, ttl in RUNGS
+            ),
+            Policy("rf-parked", rf"^risk\.{VERSION}\.parked\.", {"overflow": "reject-publish"}),
+            Policy("rf-metrics", rf"^risk\.{VERSION}\.metrics$", {"max-length": 100_000, "overflow": "drop-head"}),
+            Policy("rf-ingest", r"^risk\.ingest\.", _bounded(queue_bytes // 4)),
+            Policy("rf-upstream", r"^up\.", {"max-length-bytes": queue_bytes // 4, "overflow": "drop-head"}),
+        ),
+    )
+
+
+def _bounded(limit: int) -> dict[str, Any]:
+    return {"max-length-bytes": limit, "overflow": "reject-publish"}
+
+
+def _stage_policy(stage: Stage, limit: int) -> Policy:
+    """`delivery-limit` is the last net: what comes back 20 times goes to the parked queue, never to the ladder."""
+    definition = _bounded(limit) | {
+        "delivery-limit": 20,
+        "dead-letter-exchange": WORK,
+        "dead-letter-routing-key": parked_queue(stage),
+        "dead-letter-strategy": "at-least-once",
+    }
+    return Policy(f"rf-{stage}", rf"^risk\.{VERSION}\.{stage}\.", definition)
+
+
+def _rung(ttl_ms: int, limit: int) -> dict[str, Any]:
+    """The routing key is kept, so an expired entry returns to the queue that it was published for."""
+    return _bounded(limit) | {
+        "message-ttl": ttl_ms,
+        "dead-letter-exchange": WORK,
+        "dead-letter-strategy": "at-least-once",
+    }

@@ -68,7 +68,24 @@ class Message:
     mandatory: bool = True
     content_type: str = "application/octet-stream"
     correlation_id: str | None = None
+    user_id: str | None = None
     confirm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One AMQP message as it was delivered. `seen`: this very process was given it before (its holder is alive)."""
+
+    queue: str
+    body: bytes
+    routing_key: str
+    message_id: str | None = None
+    user_id: str | None = None
+    correlation_id: str | None = None
+    content_type: str | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    redelivered: bool = False
+    seen: bool = False
 
 
 class Publisher(Protocol):
@@ -123,7 +140,7 @@ class Claim:
     """The answer to one claim.
 
     `stored`: the bytes to go on with (GO, TWIN, INSTALLED) or the newer version's (DONE; None when only a
-    tombstone is left: ask PostgreSQL). `output`: a carrier's bytes that version DONE still has to re-publish.
+    tombstone is left: ask PostgreSQL). `output`: what version DONE owes besides its next entry (the runner's bytes).
     `owes_trail`: every record up to this version joins the output. `lease_ms`: the other holder's (LOCKED).
     """
 
@@ -195,10 +212,6 @@ class StateStore(Protocol):
 
     async def peek(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[Peek | None]:
         """Read without claiming."""
-        ...
-
-    async def forget(self, keys: Sequence[tuple[TenantScope, str, str]]) -> None:
-        """Remove version 0 reservations (scope, event id, digest) whose event was refused."""
         ...
 
     async def beat(self) -> None:

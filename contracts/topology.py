@@ -147,7 +147,7 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
             Queue(UNROUTED),
         ),
         bindings=(
-            *(Binding(WORK, name, name) for name in (*work, *parked)),
+            *(Binding(WORK, name, name) for name in (*work, *parked, METRICS_QUEUE)),
             *(Binding(exchange, queue, "#") for exchange, queue, _ in rungs),
             Binding(UNROUTED, UNROUTED, ""),
         ),

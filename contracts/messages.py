@@ -1,0 +1,133 @@
+"""The messages that more than one room publishes, built in one place.
+
+Pure: a Message is a value; ids and bytes depend on the arguments alone, so a message that is built
+again after a lost confirm is the same message. Nothing here publishes or waits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from contracts.codec import CARRIER_HEADER, Entry, carriers, encode_carrier, entry_of_record
+from contracts.events import canonical_json
+from contracts.ports import DeadLetter, DecisionRow, Message
+from contracts.settlement import failure_headers
+from contracts.state import AuditRecord
+from contracts.tenancy import TenantScope
+from contracts.topology import (
+    DECISIONS,
+    REJECTED,
+    WORK,
+    audit_queue,
+    first_rung,
+    parked_queue,
+    rung_exchange,
+    stage_queue,
+)
+
+JSON = "application/json"
+PROBLEM_JSON = "application/problem+json"
+PROBLEM_URN = "urn:riskfleet:problem:"
+
+
+def stage_message(entry: Entry, partitions: int) -> Message:
+    """A carrier of one entry to the queue of its stage and its tenant's partition."""
+    return Message(
+        exchange=WORK,
+        routing_key=_queue_of(entry, partitions),
+        body=encode_carrier((entry,)),
+        message_id=entry.message_id,
+        headers={CARRIER_HEADER: 1},
+    )
+
+
+def ladder_message(entry: Entry, delay_ms: int, partitions: int) -> Message:
+    """A carrier of one entry that comes back to its stage after at least `delay_ms` (30 s at most)."""
+    rung = first_rung(delay_ms)
+    return Message(
+        exchange=rung_exchange(rung),
+        routing_key=_queue_of(entry, partitions),
+        body=encode_carrier((entry,)),
+        message_id=f"{entry.message_id}:{rung}",
+        headers={CARRIER_HEADER: 1},
+    )
+
+
+def audit_message(records: Sequence[AuditRecord], partitions: int) -> list[Message]:
+    """Carriers of audit records, grouped by partition, in order; records without a tenant go to partition 0."""
+    groups: dict[int, list[Entry]] = {}
+    for record in records:
+        partition = record.scope.partition(partitions) if record.scope else 0
+        groups.setdefault(partition, []).append(entry_of_record(record))
+    return [
+        Message(
+            exchange=WORK,
+            routing_key=audit_queue(partition),
+            body=encode_carrier(group),
+            message_id=_hash(*(entry.header.digest for entry in group)),
+            headers={CARRIER_HEADER: len(group)},
+        )
+        for partition, entries in groups.items()
+        for group in carriers(entries)
+    ]
+
+
+def decision_message(scope: TenantScope, kind: str, row: DecisionRow, correlation_id: str | None) -> Message:
+    """The decision as it was read back from PostgreSQL, to whoever binds `<tenant>.<kind>.<outcome>`.
+
+    Not mandatory: a tenant that only speaks HTTP binds no queue, and unroutable is then success.
+    """
+    event_id = str(orjson.loads(row.decision)["event_id"])
+    return Message(
+        exchange=DECISIONS,
+        routing_key=scope.routing_key(kind, row.outcome),
+        body=row.decision,
+        message_id=f"{event_id}:{row.revision}",
+        headers={"event_id": event_id, "revision": row.revision, "outcome": row.outcome},
+        mandatory=False,
+        content_type=JSON,
+        correlation_id=correlation_id,
+    )
+
+
+def rejection_message(
+    scope: TenantScope, document: Mapping[str, Any], *, message_id: str, correlation_id: str | None
+) -> Message:
+    """A problem document to `<tenant>.<problem>`: the answer to a submission that becomes no event.
+
+    `scope` is the authenticated tenant, never the one that a submission names. Not mandatory, as decisions.
+    """
+    problem = str(document["type"]).removeprefix(PROBLEM_URN)
+    return Message(
+        exchange=REJECTED,
+        routing_key=scope.routing_key(problem),
+        body=canonical_json(document),
+        message_id=message_id,
+        headers={"problem": problem},
+        mandatory=False,
+        content_type=PROBLEM_JSON,
+        correlation_id=correlation_id,
+    )
+
+
+def parked_message(letter: DeadLetter, source: str) -> Message:
+    """A dead letter on its way to the table; `source` is one of `topology.PARKED_SOURCES`."""
+    return Message(
+        exchange=WORK,
+        routing_key=parked_queue(source),
+        body=letter.body,
+        message_id=f"parked:{letter.letter_id}",
+        headers=failure_headers(letter),
+    )
+
+
+def _queue_of(entry: Entry, partitions: int) -> str:
+    return stage_queue(entry.header.stage, entry.header.scope.partition(partitions))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,103 @@
+"""How a delivery ends, and what a dead letter carries on its way to the table `dead_letters`.
+
+A settlement is a value; the consumer's adapter carries it out. Retries and parks are publishes that
+are confirmed *before* the Ack, so they need no settlement of their own. Nothing here publishes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+
+from contracts.codec import Entry, decode_carrier, encode_carrier
+from contracts.events import canonical_json
+from contracts.failures import Category, InvalidTenantError, UndecodableEntryError
+from contracts.ports import DeadLetter
+from contracts.tenancy import TenantScope
+
+FAILURE_HEADER = "x-riskfleet-failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Everything that the delivery owed is confirmed: take it off the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A server does not answer: nothing is acked, the consumer waits and tries the same delivery again."""
+
+    reason: str
+
+
+Settlement = Ack | Pause
+
+
+def failure_headers(letter: DeadLetter) -> dict[str, Any]:
+    """The headers of a parked message: all of the letter except its body."""
+    fields = {name: value for name, value in asdict(letter).items() if name not in ("scope", "body")}
+    fields["tenant"] = letter.scope.tenant_id if letter.scope else None
+    return {FAILURE_HEADER: canonical_json(fields).decode()}
+
+
+def letter_from(headers: Mapping[str, Any], body: bytes) -> DeadLetter:
+    """The letter that a parked message carries; the inverse of `failure_headers`.
+
+    Raises UndecodableEntryError when the header is absent or broken: the broker moved the message by
+    itself (delivery limit), and `undelivered_letters` reads it.
+    """
+    raw = headers.get(FAILURE_HEADER)
+    if not isinstance(raw, str | bytes | bytearray):
+        raise UndecodableEntryError(f"a parked message has no {FAILURE_HEADER} header")
+    try:
+        fields = dict(orjson.loads(raw))
+        tenant = fields.pop("tenant")
+        return DeadLetter(scope=None if tenant is None else TenantScope(tenant), body=body, **fields)
+    except (KeyError, TypeError, ValueError, InvalidTenantError) as error:
+        raise UndecodableEntryError(f"the {FAILURE_HEADER} header cannot be read") from error
+
+
+def undelivered_letters(headers: Mapping[str, Any], body: bytes, at: str) -> tuple[DeadLetter, ...]:
+    """The letters of a message that the broker parked by itself because it was delivered too often.
+
+    One letter per entry; what cannot be decoded is one letter without a tenant. `at` is the time
+    (RFC 3339) at which the sink met it. Ids are hashes of the bytes, so a repeat is the same letter.
+    """
+    queue = headers.get("x-first-death-queue")
+    stage = queue.split(".")[2] if isinstance(queue, str) and queue.count(".") >= 2 else "unknown"
+    try:
+        entries = decode_carrier(body)
+    except UndecodableEntryError:
+        return (_undelivered(None, stage, body, at),)
+    bad = any(isinstance(entry, UndecodableEntryError) for entry in entries)
+    whole = (_undelivered(None, stage, body, at),) if bad else ()
+    return (*whole, *(_undelivered(entry, stage, body, at) for entry in entries if isinstance(entry, Entry)))
+
+
+def _undelivered(entry: Entry | None, stage: str, body: bytes, at: str) -> DeadLetter:
+    scope: TenantScope | None = None
+    if entry is not None:
+        body = encode_carrier((entry,))
+        try:
+            scope = entry.header.scope
+        except InvalidTenantError:
+            scope = None
+    digest = hashlib.sha256(body).hexdigest()
+    return DeadLetter(
+        letter_id=f"undelivered:{stage}:{digest[:32]}",
+        scope=scope,
+        event_id=entry.header.event if entry and scope else "",
+        stage=entry.header.stage if entry and scope else stage,
+        category=Category.WORKFLOW_ERROR,
+        problem="delivery-limit",
+        exception_class="",
+        fingerprint=hashlib.sha256(f"delivery-limit|{stage}".encode()).hexdigest()[:16],
+        attempts=entry.header.attempts if entry and scope else 0,
+        first_failed_at=at,
+        last_failed_at=at,
+        body=body,
+    )

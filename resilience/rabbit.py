@@ -1,0 +1,315 @@
+"""RabbitMQ: publishing with confirms, and consuming in groups; the only module that knows the client.
+
+Publishing: own connection, persistent, confirmed, under a timeout; a timeout means *unknown*.
+Consuming: FastStream subscribers (manual acks, explicit prefetch) hand deliveries to one loop per
+consumer, which gives its handler whatever gathered while the previous group was worked on: when
+idle a group is one delivery, and nothing waits. An infrastructure failure pauses the loop; nothing is
+acked, and after `PausePolicy.return_after_s` the deliveries go back to the broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aio_pika
+import aio_pika.abc
+import aiormq.exceptions
+import structlog
+from faststream import AckPolicy
+from faststream.rabbit import Channel, RabbitBroker, RabbitQueue
+from faststream.rabbit.annotations import RabbitMessage
+from pamqp.commands import Basic
+
+from contracts.failures import InfrastructureError, MessagingFailureError
+from contracts.ports import Confirm, Delivery, Message
+from contracts.settlement import Ack, Pause, Settlement
+
+log = structlog.get_logger("rabbit")
+
+Handler = Callable[[Sequence[Delivery]], Awaitable[Sequence[Settlement]]]
+Probe = Callable[[], Awaitable[None]]
+
+_CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
+
+
+class RabbitPublisher:
+    """Publisher on a connection of its own: a blocked connection must not stop consuming."""
+
+    def __init__(self, url: str, *, timeout_s: float = 5.0, name: str = "riskfleet-publisher") -> None:
+        """Nothing is connected before `start()`."""
+        self._url = url
+        self._timeout_s = timeout_s
+        self._name = name
+        self._connection: aio_pika.abc.AbstractRobustConnection | None = None
+        self._channel: aio_pika.abc.AbstractChannel | None = None
+        self._loose: aio_pika.abc.AbstractChannel | None = None
+
+    async def start(self) -> None:
+        """Connect. Raises MessagingFailureError when the broker does not answer."""
+        try:
+            async with asyncio.timeout(self._timeout_s * 2):
+                self._connection = await aio_pika.connect_robust(
+                    self._url, reconnect_interval=0.5, client_properties={"connection_name": self._name}
+                )
+                self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+                self._loose = await self._connection.channel(publisher_confirms=False)
+        except _CLIENT_ERRORS as error:
+            raise MessagingFailureError(
+                f"RabbitMQ does not answer ({type(error).__name__}); is it up, and is RABBITMQ_URL right?"
+            ) from error
+
+    async def publish(self, messages: Sequence[Message]) -> Sequence[Confirm]:
+        """Publish all and await their confirms together; one Confirm per message."""
+        return await asyncio.gather(*(self._publish(message) for message in messages))
+
+    async def _publish(self, message: Message) -> Confirm:
+        channel = self._channel if message.confirm else self._loose
+        if channel is None:
+            return Confirm.UNKNOWN
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                exchange = await channel.get_exchange(message.exchange, ensure=False)
+                result = await exchange.publish(
+                    aio_pika.Message(
+                        message.body,
+                        headers=dict(message.headers),
+                        message_id=message.message_id,
+                        correlation_id=message.correlation_id,
+                        content_type=message.content_type,
+                        user_id=message.user_id,
+                        delivery_mode=2 if message.persistent else 1,
+                    ),
+                    message.routing_key,
+                    mandatory=message.mandatory,
+                )
+        except aiormq.exceptions.PublishError:
+            return Confirm.UNROUTABLE
+        except aiormq.exceptions.DeliveryError:
+            return Confirm.REFUSED
+        except _CLIENT_ERRORS as error:
+            log.warning("publish.unknown", exception_class=type(error).__name__)
+            return Confirm.UNKNOWN
+        if not message.confirm or isinstance(result, Basic.Ack):
+            return Confirm.CONFIRMED
+        return Confirm.UNKNOWN
+
+    async def ping(self) -> None:
+        """Raises MessagingFailureError unless the publishing channel is open."""
+        if self._connection is None or self._channel is None or not self._connection.connected.is_set():
+            raise MessagingFailureError("the connection to RabbitMQ is down")
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            await self._connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PausePolicy:
+    """How a consumer behaves while a server fails (seconds): probe intervals, and when deliveries go back."""
+
+    first_probe_s: float = 0.2
+    longest_probe_s: float = 2.0
+    return_after_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerPolicy:
+    """How much a consumer holds: unacked messages per queue, and the largest group given to its handler."""
+
+    prefetch: int = 128
+    group: int = 64
+    pause: PausePolicy = field(default_factory=PausePolicy)
+
+
+@dataclass(slots=True)
+class _Held:
+    delivery: Delivery
+    message: RabbitMessage
+
+
+class RabbitConsumer:
+    """One handler over some queues. Queues are looked at passively: `riskfleet topology apply` makes them."""
+
+    def __init__(self, url: str, queues: Sequence[str], handler: Handler, probe: Probe, policy: ConsumerPolicy) -> None:
+        """`probe` answers when every server that the handler needs is back, and raises until then."""
+        self._url = url
+        self._queues = list(queues)
+        self._handler = handler
+        self._probe = probe
+        self._policy = policy
+        self._waiting: asyncio.Queue[_Held] = asyncio.Queue()
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._broker: RabbitBroker | None = None
+        self._loop: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self.paused_reason: str | None = None
+
+    async def start(self) -> None:
+        """Connect, subscribe and begin to work. Raises MessagingFailureError when the broker does not answer."""
+        await self._subscribe()
+        self._loop = asyncio.create_task(self._work(), name="consumer")
+
+    async def _subscribe(self) -> None:
+        broker = RabbitBroker(
+            self._url,
+            graceful_timeout=5.0,
+            default_channel=Channel(prefetch_count=self._policy.prefetch),
+            apply_types=False,
+            logger=None,
+            log_level=logging.DEBUG,
+            reconnect_interval=0.5,
+        )
+        for queue in self._queues:
+            self._attach(broker, queue)
+        try:
+            await broker.start()
+        except (*_CLIENT_ERRORS, aio_pika.exceptions.AMQPException) as error:
+            raise MessagingFailureError(
+                f"cannot consume ({type(error).__name__}); is RabbitMQ up, and was 'riskfleet topology apply' run?"
+            ) from error
+        self._broker = broker
+
+    def _attach(self, broker: RabbitBroker, queue: str) -> Any:
+        async def receive(_body: bytes) -> None:
+            message: RabbitMessage = broker.context.get_local("message")
+            self._waiting.put_nowait(_Held(self._delivery(queue, message), message))
+
+        async def decode(message: RabbitMessage) -> bytes:
+            return bytes(message.body)
+
+        subscriber = broker.subscriber(
+            RabbitQueue(queue, declare=False),
+            ack_policy=AckPolicy.MANUAL,
+            no_reply=True,
+            decoder=decode,
+        )
+        subscriber(receive)
+        return subscriber
+
+    async def add_queue(self, queue: str) -> None:
+        """Consume one more queue of the running consumer."""
+        if queue in self._queues:
+            return
+        self._queues.append(queue)
+        if self._broker is not None:
+            await self._attach(self._broker, queue).start()
+
+    def _delivery(self, queue: str, message: RabbitMessage) -> Delivery:
+        raw = message.raw_message
+        key = f"{queue}|{raw.message_id}|{hash(raw.body)}"
+        seen = key in self._seen
+        self._seen[key] = None
+        if len(self._seen) > 20_000:
+            self._seen.popitem(last=False)
+        return Delivery(
+            queue=queue,
+            body=raw.body,
+            routing_key=raw.routing_key or "",
+            message_id=raw.message_id,
+            user_id=raw.user_id,
+            correlation_id=raw.correlation_id,
+            content_type=raw.content_type,
+            headers=dict(raw.headers),
+            redelivered=bool(raw.redelivered),
+            seen=seen,
+        )
+
+    async def _work(self) -> None:
+        """Give the handler group after group; pause it when a server fails; never die."""
+        while not self._stopping.is_set():
+            group = await self._next_group()
+            while group and not self._stopping.is_set():
+                try:
+                    settled = await self._handler([held.delivery for held in group])
+                except InfrastructureError as error:
+                    settled = [Pause(type(error).__name__)] * len(group)
+                except Exception as error:  # a defect of the handler must not end the consumer: try again, paused
+                    log.exception("consumer.defect", exception_class=type(error).__name__)
+                    settled = [Pause("defect")] * len(group)
+                group = await self._settle(group, settled)
+                if group:
+                    group = await self._pause(group)
+
+    async def _next_group(self) -> list[_Held]:
+        taker = asyncio.ensure_future(self._waiting.get())
+        stopper = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({taker, stopper}, return_when=asyncio.FIRST_COMPLETED)
+        stopper.cancel()
+        if not taker.done():
+            taker.cancel()
+            return []
+        group = [taker.result()]
+        while len(group) < self._policy.group and not self._waiting.empty():
+            group.append(self._waiting.get_nowait())
+        return [held for held in group if _is_current(held)]
+
+    async def _settle(self, group: Sequence[_Held], settled: Sequence[Settlement]) -> list[_Held]:
+        """Ack what settled; the rest is still in our hands."""
+        left = []
+        for held, settlement in zip(group, settled, strict=True):
+            if isinstance(settlement, Ack):
+                await _ack(held)
+            else:
+                left.append(held)
+                self.paused_reason = settlement.reason
+        return left
+
+    async def _pause(self, group: list[_Held]) -> list[_Held]:
+        """Wait until the probe answers; give the deliveries back when that takes too long."""
+        clock = asyncio.get_running_loop()
+        began, wait = clock.time(), self._policy.pause.first_probe_s
+        log.warning("consumer.paused", reason=self.paused_reason, count=len(group))
+        returned = False
+        while not self._stopping.is_set():
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, self._policy.pause.longest_probe_s)
+            try:
+                await self._probe()
+                if returned:
+                    await self._subscribe()
+                break
+            except InfrastructureError as error:
+                self.paused_reason = type(error).__name__
+            if not returned and clock.time() - began > self._policy.pause.return_after_s:
+                returned = True
+                await self._give_back()
+        log.info("consumer.resumed", seconds=round(clock.time() - began, 1))
+        self.paused_reason = None
+        return [] if returned else [held for held in group if _is_current(held)]
+
+    async def _give_back(self) -> None:
+        """Closing the connection returns every unacked delivery, uncounted as an attempt."""
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            await broker.stop()
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
+
+    async def stop(self) -> None:
+        """Finish the group in hand, then close; what was not worked on goes back to the broker."""
+        self._stopping.set()
+        if self._loop is not None:
+            await asyncio.wait({self._loop}, timeout=10)
+            self._loop.cancel()
+        if self._broker is not None:
+            await self._broker.stop()
+
+
+def _is_current(held: _Held) -> bool:
+    """False for a delivery whose channel is gone: the broker gives it again."""
+    channel = held.message.raw_message.channel
+    return not channel.is_closed
+
+
+async def _ack(held: _Held) -> None:
+    try:
+        await held.message.raw_message.ack()
+    except _CLIENT_ERRORS as error:
+        # The delivery comes again and is found to be done.
+        log.info("ack.lost", exception_class=type(error).__name__)

@@ -1,0 +1,27 @@
+-- Advance entries: store the next version and release the lock, if the lock is still mine.
+-- KEYS: one state key per entry.
+-- ARGV: ttl_s, tombstone_ttl_s, then per entry: token, expected version, expected digest, version, digest,
+-- body digest, stored, output, tombstone.
+-- Answers per entry 1 or 0 (LOST). Absent state is LOST: never create. A repeat after a lost reply answers 1.
+local ttl, tombstone_ttl, answers = tonumber(ARGV[1]), tonumber(ARGV[2]), {}
+for i, key in ipairs(KEYS) do
+  local a = 2 + (i - 1) * 9
+  local token, digest = ARGV[a + 1], ARGV[a + 5]
+  local f = redis.call('HMGET', key, 'l', 'v', 'd', 'k')
+  if f[1] == token and f[2] == ARGV[a + 2] and f[3] == ARGV[a + 3] then
+    redis.call('DEL', key)
+    if ARGV[a + 9] == '1' then
+      redis.call('HSET', key, 'v', ARGV[a + 4], 'd', digest, 'b', ARGV[a + 6], 'k', token)
+      redis.call('EXPIRE', key, tombstone_ttl)
+    else
+      redis.call('HSET', key, 'v', ARGV[a + 4], 'd', digest, 'b', ARGV[a + 6], 's', ARGV[a + 7], 'o', ARGV[a + 8], 'k', token)
+      redis.call('EXPIRE', key, ttl)
+    end
+    answers[i] = 1
+  elseif f[4] == token and f[2] == ARGV[a + 4] and f[3] == digest then
+    answers[i] = 1
+  else
+    answers[i] = 0
+  end
+end
+return answers

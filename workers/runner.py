@@ -1,0 +1,548 @@
+"""The life of a delivery at a stage: one runner for every stage and kind.
+
+    unpack → triage (redelivered?) → own the identity (retrieval only) → claim → gather, decide
+    → commit (decision only) → advance → publish and await confirms → ack
+
+Promises: an entry is acked only after everything that it owes is confirmed; a stored result is
+re-published, never recomputed; PostgreSQL's row, not this process, says what was decided. A failure of
+RabbitMQ, Redis or PostgreSQL raises an InfrastructureError: nothing is acked and the consumer pauses.
+The rules, and the schedules that they answer, stand in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import orjson
+import structlog
+
+from contracts.codec import Entry, decode_carrier, entry_of, state_from_bytes
+from contracts.failures import (
+    DatabaseError,
+    IdempotencyConflictError,
+    InfrastructureError,
+    InvalidWorkflowStateError,
+    MessagingFailureError,
+    RiskfleetError,
+    UndecodableEntryError,
+    classify,
+    problem_document,
+)
+from contracts.lifecycle import FINAL_VERSION, Status
+from contracts.messages import (
+    audit_message,
+    decision_message,
+    ladder_message,
+    parked_message,
+    rejection_message,
+    stage_message,
+)
+from contracts.ports import (
+    Advance,
+    Claim,
+    ClaimRequest,
+    ClaimVerdict,
+    Clock,
+    Confirm,
+    DecisionRow,
+    Delivery,
+    Held,
+    Ids,
+    Ledger,
+    Message,
+    Publisher,
+    StateStore,
+    Telemetry,
+)
+from contracts.settlement import Ack, Pause, Settlement
+from contracts.state import AuditRecord, EventState
+from contracts.telemetry import (
+    APPROVALS_OPENED,
+    DECISIONS,
+    DUPLICATES,
+    END_TO_END_SECONDS,
+    EXECUTIONS,
+    FAILURES,
+    LOCK_WAITS,
+    PARKED,
+    RETRIES,
+    STAGE_SECONDS,
+    STALE_WRITES,
+    SUSPECTS,
+    Measurement,
+    Metric,
+)
+from contracts.topology import STAGES, Stage
+from workers.pipeline import stage_of
+from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park_bytes
+from workers.stages import StagePorts, Step
+
+log = structlog.get_logger("runner")
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerPolicy:
+    """Bounds of one delivery's life: claims before it waits, tries of a publish, deaths of a suspect's holder."""
+
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    claim_rounds: int = 4
+    publish_tries: int = 3
+    suspect_deaths: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerPorts:
+    """What a runner works with."""
+
+    state_store: StateStore
+    ledger: Ledger
+    publisher: Publisher
+    stage: StagePorts
+    telemetry: Telemetry
+    clock: Clock
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """An entry whose lock this process holds, and the state that it goes on with."""
+
+    entry: Entry
+    state: EventState
+    token: str
+    owes_trail: bool
+
+    @property
+    def held(self) -> Held:
+        return Held(self.state.scope, self.state.event_id, self.token)
+
+
+@dataclass(slots=True)
+class _Wave:
+    """What one pass over some entries has gathered to publish, and the locks that it holds."""
+
+    messages: list[Message] = field(default_factory=list)
+    records: list[AuditRecord] = field(default_factory=list)
+    held: dict[tuple[str, str], Held] = field(default_factory=dict)
+    lost: list[Entry] = field(default_factory=list)
+
+    def let_go(self, held: Held) -> None:
+        self.held.pop((held.scope.tenant_id, held.event_id), None)
+
+
+class StageRunner:
+    """Runs one stage. `handle` takes the deliveries that gathered and answers one settlement for each."""
+
+    def __init__(self, stage: Stage, ports: RunnerPorts, partitions: int, policy: RunnerPolicy | None = None) -> None:
+        """`partitions` is the number of queues of each stage."""
+        self._stage = stage
+        self._ports = ports
+        self._partitions = partitions
+        self._policy = policy or RunnerPolicy()
+
+    # --- a delivery ---------------------------------------------------------------------------------
+
+    async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
+        """Settle some deliveries together. Never raises for what an entry contains."""
+        began = self._ports.clock.monotonic()
+        try:
+            alone, together, wave = [], [], _Wave()
+            for delivery in deliveries:
+                entries = self._unpack(delivery, wave)
+                if any(entry.header.suspect for entry in entries):
+                    alone += entries
+                elif delivery.redelivered and not delivery.seen:
+                    together += await self._triage(entries, wave)
+                else:
+                    together += entries
+            await self._publish(wave)
+            for group in _without_twins(together):
+                await self._run(group)
+            for entry in alone:
+                await self._run_alone(entry)
+        except InfrastructureError as error:
+            log.warning("stage.paused", stage=self._stage, exception_class=type(error).__name__, reason=error.detail)
+            return [Pause(type(error).__name__)] * len(deliveries)
+        self._measure(STAGE_SECONDS, self._ports.clock.monotonic() - began, stage=self._stage)
+        return [Ack()] * len(deliveries)
+
+    def _unpack(self, delivery: Delivery, wave: _Wave) -> list[Entry]:
+        """The entries of a carrier. What cannot be read is parked: a carrier whole, an entry alone."""
+        now = self._now()
+        try:
+            items = decode_carrier(delivery.body)
+        except UndecodableEntryError as error:
+            self._park(park_bytes(delivery.body, self._stage, error, now), wave)
+            return []
+        entries = []
+        for item in items:
+            if isinstance(item, UndecodableEntryError):
+                self._park(park_bytes(delivery.body, self._stage, item, now), wave)
+                continue
+            problem = self._misfit(item)
+            if problem is None:
+                entries.append(item)
+            else:
+                self._park(park_bytes(item.body, self._stage, problem, now), wave)
+        return entries
+
+    def _misfit(self, entry: Entry) -> RiskfleetError | None:
+        try:
+            entry.header.scope  # noqa: B018 - validates the tenant id
+            if entry.header.stage != self._stage or entry.header.n != STAGES.index(self._stage):
+                return InvalidWorkflowStateError("the entry is addressed to another stage")
+        except RiskfleetError as error:
+            return error
+        return None
+
+    async def _triage(self, entries: list[Entry], wave: _Wave) -> list[Entry]:
+        """Redelivered: go on when the holder lives, else send each entry round once more, alone, as a suspect."""
+        found = await self._ports.state_store.peek([(e.header.scope, e.header.event) for e in entries])
+        holders = [peek.holder if peek else "" for peek in found]
+        alive = await self._ports.state_store.alive(holders)
+        going_on = []
+        for entry, holder, lives in zip(entries, holders, alive, strict=True):
+            if holder and lives:
+                going_on.append(entry)
+            else:
+                wave.messages.append(stage_message(entry.evolve(suspect=True), self._partitions))
+                self._measure(SUSPECTS, stage=self._stage)
+        return going_on
+
+    async def _run_alone(self, entry: Entry) -> None:
+        """One suspect at a time in this process; parked undecoded once too many of its holders died."""
+        store, h = self._ports.state_store, entry.header
+        deaths = await store.begin_alone(h.scope, h.event, self._stage)
+        if deaths >= self._policy.suspect_deaths:
+            wave = _Wave()
+            error = InvalidWorkflowStateError(f"{deaths} processes died while they ran this entry alone")
+            self._park(park(entry, error, self._now()), wave)
+            await self._publish(wave)
+        else:
+            await self._run([entry])
+        await store.end_alone(h.scope, h.event, self._stage)
+
+    # --- a group of entries, no two of one event ------------------------------------------------------
+
+    async def _run(self, entries: Sequence[Entry]) -> None:
+        """Bring each entry to its settlement; one whose lock was taken over is claimed again."""
+        left: Sequence[Entry] = entries
+        for _ in range(self._policy.claim_rounds):
+            if not left:
+                return
+            left = await self._pass(left)
+        wave = _Wave()
+        for entry in left:
+            wave.messages.append(ladder_message(entry, self._policy.retry.waits_ms[0], self._partitions))
+        await self._publish(wave)
+
+    async def _pass(self, entries: Sequence[Entry]) -> list[Entry]:
+        """One pass: claim … publish. Answers the entries that lost their lock on the way."""
+        wave = _Wave()
+        try:
+            claimable = await self._own_identities(entries, wave) if self._stage is Stage.RETRIEVAL else entries
+            claimed = await self._claim(claimable, wave)
+            worked = await self._work(claimed, wave)
+            if self._stage is Stage.DECISION:
+                await self._commit(worked, wave)
+            else:
+                await self._advance(worked, wave)
+        finally:
+            await self._ports.state_store.release(list(wave.held.values()))
+        await self._publish(wave)
+        return wave.lost
+
+    async def _own_identities(self, entries: Sequence[Entry], wave: _Wave) -> list[Entry]:
+        """PostgreSQL says who owns each identity, before anything is claimed: Redis may have forgotten."""
+        readable: list[tuple[Entry, EventState]] = []
+        for entry in entries:
+            state = self._decode(entry, entry.body, wave)
+            if state is not None:
+                readable.append((entry, state))
+        rows = await self._ports.ledger.record_events([state for _, state in readable]) if readable else []
+        owned = []
+        for (entry, state), row in zip(readable, rows, strict=True):
+            if row.body_digest != state.body_digest:
+                self._park(park(entry, IdempotencyConflictError(), self._now()), wave)
+                self._reject(entry, state, wave)
+            elif row.decision is not None:
+                self._already_decided(entry, row.decision, wave)
+            else:
+                owned.append(entry)
+        return owned
+
+    async def _claim(self, entries: Sequence[Entry], wave: _Wave) -> list[_Claimed]:
+        """The claim table. What Redis does not know is looked up in PostgreSQL before it is installed."""
+        if not entries:
+            return []
+        known_undecided = self._stage is Stage.RETRIEVAL
+        claims = await self._claims([ClaimRequest(entry, known_undecided) for entry in entries], wave)
+        absent = [entry for entry, claim in claims if claim.verdict is ClaimVerdict.ABSENT]
+        if absent:
+            rows = await self._ports.ledger.decisions([(e.header.scope, e.header.event) for e in absent])
+            for entry, row in zip(absent, rows, strict=True):
+                if row is not None:
+                    self._already_decided(entry, row, wave)
+            undecided = [entry for entry, row in zip(absent, rows, strict=True) if row is None]
+            claims = [pair for pair in claims if pair[1].verdict is not ClaimVerdict.ABSENT]
+            if undecided:
+                claims += await self._claims([ClaimRequest(entry, True) for entry in undecided], wave)
+        claimed = []
+        for entry, claim in claims:
+            mine = await self._apply(entry, claim, wave)
+            if mine is not None:
+                claimed.append(mine)
+        return claimed
+
+    async def _claims(self, requests: Sequence[ClaimRequest], wave: _Wave) -> list[tuple[Entry, Claim]]:
+        claims = await self._ports.state_store.claim(requests, self._ports.ids.token())
+        for request, claim in zip(requests, claims, strict=True):
+            if claim.verdict in (ClaimVerdict.GO, ClaimVerdict.TWIN, ClaimVerdict.INSTALLED):
+                h = request.entry.header
+                wave.held[h.tenant, h.event] = Held(h.scope, h.event, claim.token)
+        return [(request.entry, claim) for request, claim in zip(requests, claims, strict=True)]
+
+    async def _apply(self, entry: Entry, claim: Claim, wave: _Wave) -> _Claimed | None:
+        if claim.verdict is ClaimVerdict.DONE:
+            await self._already_done(entry, claim, wave)
+            return None
+        if claim.verdict is ClaimVerdict.LOCKED:
+            wave.messages.append(ladder_message(entry, claim.lease_ms, self._partitions))
+            self._measure(LOCK_WAITS, stage=self._stage)
+            return None
+        if claim.stored is None:
+            raise InvalidWorkflowStateError("a claim without stored bytes")
+        if claim.verdict is ClaimVerdict.TWIN:
+            log.info("state.twin", stage=self._stage, tenant=entry.header.tenant, event_id=entry.header.event)
+        state = self._decode(entry, claim.stored, wave)
+        return None if state is None else _Claimed(entry, state, claim.token, claim.owes_trail)
+
+    async def _work(self, claimed: Sequence[_Claimed], wave: _Wave) -> list[tuple[_Claimed, EventState]]:
+        """Gather together, decide one by one, and make version n+1. A failure is its entry's own."""
+        worked = []
+        for kind in sorted({c.state.KIND for c in claimed}):
+            functions = stage_of(kind, self._stage)
+            group = [c for c in claimed if c.state.KIND == kind]
+            for some in await self._gathered(functions.gather, group, wave):
+                item, facts = some
+                try:
+                    now = self._now()
+                    step: Step = functions.decide(item.state, facts, now, self._ports.clock.monotonic)
+                    new = item.state.transition(step.target, step.section, stage=self._stage, detail=step.detail)
+                    worked.append((item, new))
+                except Exception as error:  # noqa: BLE001 - a stage's defect is its entry's failure
+                    self._fail(item.entry, error, wave)
+        return worked
+
+    async def _gathered(
+        self, gather: Callable[..., object], group: Sequence[_Claimed], wave: _Wave
+    ) -> list[tuple[_Claimed, object]]:
+        """Facts for a group; when the group fails as a whole, for each entry alone, so that one harms no other."""
+        try:
+            facts = await gather([c.state for c in group], self._ports.stage)  # type: ignore[misc]
+            return list(zip(group, facts, strict=True))
+        except InfrastructureError:
+            raise
+        except Exception as error:  # noqa: BLE001 - isolated below
+            if len(group) == 1:
+                self._fail(group[0].entry, error, wave)
+                return []
+        return [pair for item in group for pair in await self._gathered(gather, [item], wave)]
+
+    async def _commit(self, worked: Sequence[tuple[_Claimed, EventState]], wave: _Wave) -> None:
+        """Decision only: PostgreSQL stands between decide and advance; only what was read back is used."""
+        if not worked:
+            return
+        rows = await self._ports.ledger.decide([new for _, new in worked])
+        final: list[tuple[_Claimed, EventState]] = []
+        by_event: dict[tuple[str, str], tuple[DecisionRow, bool]] = {}
+        for (item, new), row in zip(worked, rows, strict=True):
+            if row.body_digest != new.body_digest:
+                self._park(park(item.entry, IdempotencyConflictError(), self._now()), wave)
+                self._reject(item.entry, new, wave)
+                continue
+            decided = state_from_bytes(row.state)
+            by_event[new.scope.tenant_id, new.event_id] = (row, decided.digest == new.digest)
+            final.append((item, decided))
+            if decided.digest == new.digest:
+                self._count_decision(new)
+        for item, decided in await self._advanced(final, wave):
+            row, mine = by_event[decided.scope.tenant_id, decided.event_id]
+            wave.messages.append(decision_message(decided.scope, decided.KIND, row, decided.correlation_id))
+            wave.records += decided.records(0 if item.owes_trail or not mine else FINAL_VERSION)
+
+    async def _advance(self, worked: Sequence[tuple[_Claimed, EventState]], wave: _Wave) -> None:
+        for item, new in await self._advanced(worked, wave):
+            first = self._first_owed(item)
+            wave.messages.append(self._next_message(new, item.entry.header.reply_to))
+            wave.records += new.records(first)
+
+    async def _advanced(
+        self, worked: Sequence[tuple[_Claimed, EventState]], wave: _Wave
+    ) -> list[tuple[_Claimed, EventState]]:
+        """Advance all in one call; an entry whose lock is gone is LOST and claimed again."""
+        if not worked:
+            return []
+        answers = await self._ports.state_store.advance([self._move(item, new) for item, new in worked])
+        advanced = []
+        for (item, new), stored in zip(worked, answers, strict=True):
+            wave.let_go(item.held)
+            if stored:
+                advanced.append((item, new))
+                self._measure(EXECUTIONS, stage=self._stage, kind=new.KIND)
+            else:
+                wave.lost.append(item.entry)
+                self._measure(STALE_WRITES, stage=self._stage)
+        return advanced
+
+    def _move(self, item: _Claimed, new: EventState) -> Advance:
+        final = new.n == FINAL_VERSION
+        return Advance(
+            scope=new.scope,
+            event_id=new.event_id,
+            token=item.token,
+            expected_version=item.state.n,
+            expected_digest=item.state.digest,
+            version=new.n,
+            digest=new.digest,
+            body_digest=new.body_digest,
+            stored=b"" if final else new.to_bytes(),
+            output=orjson.dumps({"first": self._first_owed(item), "reply_to": item.entry.header.reply_to}),
+            tombstone=final,
+        )
+
+    def _first_owed(self, item: _Claimed) -> int:
+        """The first version whose record joins this stage's output; retrieval emits those of 0 and 1."""
+        return 0 if item.owes_trail or self._stage is Stage.RETRIEVAL else item.state.n + 1
+
+    # --- already done: re-publish what is stored, never recompute -------------------------------------
+
+    async def _already_done(self, entry: Entry, claim: Claim, wave: _Wave) -> None:
+        """Redis is further on: the stored version's output again, and every record that this stage owes."""
+        if claim.stored is None:
+            h = entry.header
+            row = (await self._ports.ledger.decisions([(h.scope, h.event)]))[0]
+            if row is None:
+                raise DatabaseError(
+                    "Redis holds a decided event that PostgreSQL does not know; is it the right database?"
+                )
+            self._already_decided(entry, row, wave)
+            return
+        state = self._decode(entry, claim.stored, wave)
+        if state is None:
+            return
+        owed = orjson.loads(claim.output) if claim.output else {"first": 0, "reply_to": None}
+        first = 0 if self._stage is Stage.RETRIEVAL else entry.header.n + 1
+        wave.messages.append(self._next_message(state, owed["reply_to"]))
+        wave.records += state.records(min(first, owed["first"]))
+        self._measure(DUPLICATES, stage=self._stage)
+
+    def _already_decided(self, entry: Entry, row: DecisionRow, wave: _Wave) -> None:
+        """PostgreSQL has decided: the row's decision again, and its whole trail."""
+        state = state_from_bytes(row.state)
+        if row.body_digest != entry.header.body_digest:
+            self._park(park(entry, IdempotencyConflictError(), self._now()), wave)
+            return
+        wave.messages.append(decision_message(state.scope, state.KIND, row, state.correlation_id))
+        wave.records += state.records()
+        self._measure(DUPLICATES, stage=self._stage)
+
+    def _next_message(self, state: EventState, reply_to: str | None) -> Message:
+        return stage_message(entry_of(state, STAGES[state.n], reply_to), self._partitions)
+
+    # --- failures ---------------------------------------------------------------------------------------
+
+    def _decode(self, entry: Entry, stored: bytes, wave: _Wave) -> EventState | None:
+        try:
+            return state_from_bytes(stored)
+        except UndecodableEntryError as error:
+            self._fail(entry, error, wave)
+            return None
+
+    def _fail(self, entry: Entry, error: BaseException, wave: _Wave) -> None:
+        if isinstance(error, InfrastructureError):
+            raise error
+        log.warning(
+            "entry.failed",
+            stage=self._stage,
+            tenant=entry.header.tenant,
+            event_id=entry.header.event,
+            attempts=entry.header.attempts + 1,
+            category=str(classify(error).category),
+            exception_class=type(error).__name__,
+        )
+        self._measure(FAILURES, stage=self._stage, category=str(classify(error).category))
+        verdict = after_failure(entry, error, self._policy.retry, self._now())
+        if isinstance(verdict, Retry):
+            wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._partitions))
+            self._measure(RETRIES, stage=self._stage, category=str(classify(error).category))
+        else:
+            self._park(verdict, wave)
+
+    def _park(self, verdict: Park, wave: _Wave) -> None:
+        wave.messages.append(parked_message(verdict.letter, self._stage))
+        wave.records.append(verdict.record)
+        self._measure(PARKED, stage=self._stage, category=verdict.letter.category)
+
+    def _reject(self, entry: Entry, state: EventState, wave: _Wave) -> None:
+        """Tell the sender of another body under a taken identity; nobody gets the decision of another body."""
+        document = problem_document(
+            IdempotencyConflictError(),
+            event_id=state.event_id,
+            id=state.event.id,
+            correlation_id=state.correlation_id,
+        )
+        message_id = f"rejected:{entry.header.event}:{entry.header.body_digest[:16]}"
+        wave.messages.append(
+            rejection_message(state.scope, document, message_id=message_id, correlation_id=state.correlation_id)
+        )
+
+    # --- publishing ---------------------------------------------------------------------------------------
+
+    async def _publish(self, wave: _Wave) -> None:
+        """Everything confirmed, or MessagingFailureError. Unknown means: the same message again."""
+        pending = [*wave.messages, *audit_message(_unique(wave.records), self._partitions)]
+        for _ in range(self._policy.publish_tries):
+            if not pending:
+                return
+            confirms = await self._ports.publisher.publish(pending)
+            pending = [m for m, confirm in zip(pending, confirms, strict=True) if confirm is not Confirm.CONFIRMED]
+        if pending:
+            raise MessagingFailureError(f"{len(pending)} messages of stage {self._stage} were not confirmed")
+
+    # --- small ----------------------------------------------------------------------------------------------
+
+    def _count_decision(self, state: EventState) -> None:
+        if state.decided is None:
+            return
+        tenant = state.scope.tenant_id
+        outcome = str(state.decided.decision.outcome)
+        self._measure(DECISIONS, kind=state.KIND, outcome=outcome, tenant=tenant)
+        if state.status is Status.AWAITING_APPROVAL:
+            self._measure(APPROVALS_OPENED, kind=state.KIND, tenant=tenant)
+        waited = self._ports.clock.now() - datetime.fromisoformat(state.received_at)
+        self._measure(END_TO_END_SECONDS, max(waited.total_seconds(), 0.0), kind=state.KIND)
+
+    def _measure(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
+        self._ports.telemetry.record(Measurement(metric, value, labels))
+
+    def _now(self) -> str:
+        return self._ports.clock.now().isoformat()
+
+
+def _without_twins(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Groups in which no event stands twice, so that one lock token never stands for two entries."""
+    groups: list[dict[tuple[str, str], Entry]] = []
+    for entry in entries:
+        key = (entry.header.tenant, entry.header.event)
+        target = next((group for group in groups if key not in group), None)
+        if target is None:
+            groups.append(target := {})
+        target[key] = entry
+    return [list(group.values()) for group in groups]
+
+
+def _unique(records: Iterable[AuditRecord]) -> list[AuditRecord]:
+    return list({record.record_id: record for record in records}.values())

@@ -1,0 +1,1 @@
+"""The sinks: audit and dead letters into PostgreSQL, metrics into Prometheus."""

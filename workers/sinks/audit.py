@@ -1,0 +1,90 @@
+"""The audit sink: records from the queues into the per-tenant chain, each exactly once.
+
+Promises that a delivery is acked only after its records are committed, and that one record that
+PostgreSQL refuses is parked alone. Does not order records: the sequence is the order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+
+from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of_record, record_of_entry
+from contracts.failures import InfrastructureError, MessagingFailureError, RiskfleetError, UndecodableEntryError
+from contracts.messages import parked_message
+from contracts.ports import AuditLog, Clock, Confirm, Delivery, Message, Publisher, Telemetry
+from contracts.settlement import Ack, Pause, Settlement
+from contracts.state import AuditRecord
+from contracts.telemetry import AUDIT_RECORDS, PARKED, Measurement
+from workers.settling import Park, park, park_bytes
+
+log = structlog.get_logger("audit")
+
+_STAGE = "audit"
+
+
+class AuditSink:
+    """Appends what gathered as one transaction."""
+
+    def __init__(self, audit_log: AuditLog, publisher: Publisher, telemetry: Telemetry, clock: Clock) -> None:
+        """`publisher` is for parking what cannot be appended."""
+        self._audit_log = audit_log
+        self._publisher = publisher
+        self._telemetry = telemetry
+        self._clock = clock
+
+    async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
+        """Append the records of all deliveries; answers Pause for all while PostgreSQL does not answer."""
+        records: list[AuditRecord] = []
+        parks: list[Park] = []
+        for delivery in deliveries:
+            self._read(delivery, records, parks)
+        try:
+            parks += await self._append(records)
+            await self._publish([parked_message(item.letter, _STAGE) for item in parks])
+        except InfrastructureError as error:
+            return [Pause(type(error).__name__)] * len(deliveries)
+        return [Ack()] * len(deliveries)
+
+    def _read(self, delivery: Delivery, records: list[AuditRecord], parks: list[Park]) -> None:
+        now = self._clock.now().isoformat()
+        try:
+            items = decode_carrier(delivery.body)
+        except UndecodableEntryError as error:
+            parks.append(park_bytes(delivery.body, _STAGE, error, now))
+            return
+        for item in items:
+            try:
+                if isinstance(item, UndecodableEntryError):
+                    raise item
+                records.append(record_of_entry(item))
+            except RiskfleetError as error:
+                body = encode_carrier((item,)) if isinstance(item, Entry) else delivery.body
+                parks.append(park_bytes(body, _STAGE, error, now))
+
+    async def _append(self, records: Sequence[AuditRecord]) -> list[Park]:
+        """Append; a batch that PostgreSQL refuses is halved until the one bad record stands alone."""
+        if not records:
+            return []
+        try:
+            fresh = await self._audit_log.append(records)
+        except InfrastructureError:
+            raise
+        except Exception as error:  # noqa: BLE001 - bisected, then parked
+            if len(records) > 1:
+                half = len(records) // 2
+                return [*await self._append(records[:half]), *await self._append(records[half:])]
+            log.error("audit.refused", exception_class=type(error).__name__, event_id=records[0].event_id)
+            self._telemetry.record(Measurement(PARKED, 1, {"stage": _STAGE, "category": "UNEXPECTED_ERROR"}))
+            return [park(entry_of_record(records[0]), error, self._clock.now().isoformat())]
+        appended = sum(fresh)
+        self._telemetry.record(
+            Measurement(AUDIT_RECORDS, appended, {"result": "appended"}),
+            Measurement(AUDIT_RECORDS, len(fresh) - appended, {"result": "present"}),
+        )
+        return []
+
+    async def _publish(self, messages: Sequence[Message]) -> None:
+        if messages and any(c is not Confirm.CONFIRMED for c in await self._publisher.publish(messages)):
+            raise MessagingFailureError("a parked audit record was not confirmed")

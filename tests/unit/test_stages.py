@@ -1,0 +1,359 @@
+"""The four stages: most tests call `decide`. A fault only ever makes an outcome more restrictive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracts.events import parse_event
+from contracts.failures import InvalidModelStateError, InvalidWorkflowStateError
+from contracts.lifecycle import Status
+from contracts.outcomes import PRECEDENCE, Check, Decision, Outcome, PolicyResult, PolicyVerdict, Reason, RuleVerdict
+from contracts.ports import ActiveSet, Artifact, Ledger, Registry
+from contracts.state import (
+    Created,
+    Decided,
+    EventState,
+    Pin,
+    Pins,
+    Processed,
+    SubjectHistory,
+    Thresholds,
+    Validated,
+    begin,
+)
+from contracts.tenancy import TenantScope
+from contracts.topology import STAGES, Stage
+from workers.pipeline import PIPELINE, stage_after, stage_of
+from workers.stages import StagePorts, Step, guardrail, retrieval, scoring
+
+NOW = "2026-01-31T12:00:01Z"
+MODEL = Pin(name="model", version=1, digest="stages-model")
+POLICY = Pin(name="policy", version=2, digest="stages-policy")
+GUARDRAIL = Pin(name="guardrail", version=3, digest="stages-guardrail")
+CONTENT: dict[str, dict[str, Any]] = {
+    MODEL.digest: {
+        "type": "scorecard",
+        "base": 20,
+        "factors": [
+            {
+                "feature": "attributes.x",
+                "bins": [{"below": 1, "points": 0}, {"points": 60, "code": "X", "text": "x"}],
+                "missing": {"points": 0},
+            }
+        ],
+    },
+    POLICY.digest: {
+        "type": "cel",
+        "rules": [
+            {"id": "deny", "when": "risk.score > 70.0", "result": "DENY", "code": "TOO_RISKY", "text": "too risky"}
+        ],
+    },
+    GUARDRAIL.digest: {"type": "checks", "patterns": [{"id": "bad", "pattern": "bad", "code": "BAD"}]},
+}
+
+
+def new_state(kind: str = "risk", tenant: str = "acme", **fields: Any) -> EventState:
+    body: dict[str, Any] = {
+        "kind": kind,
+        "type": "payment.card",
+        "occurred_at": "2026-01-31T12:00:00Z",
+        "subject": {"type": "person", "id": "p-1"},
+    }
+    if kind == "compliance":
+        body["regulatory_flags"] = []
+    event = parse_event(body | fields)
+    return begin(TenantScope(tenant), "e" * 32, event, received_at=NOW, source="http", correlation_id="correlation-1")
+
+
+def moved(state: EventState, step: Step, stage: str) -> EventState:
+    return state.transition(step.target, step.section, stage=stage, detail=step.detail)
+
+
+def artifact(pin: Pin, kind: str = "any") -> Artifact:
+    return Artifact(kind, pin, CONTENT[pin.digest])
+
+
+def processing(
+    state: EventState | None = None,
+    *,
+    score: float | None = 10,
+    policy: PolicyVerdict | None = None,
+    checks: tuple[Check, ...] = (),
+    unavailable: tuple[str, ...] = (),
+    halted: bool = False,
+    thresholds: Thresholds | None = None,
+) -> EventState:
+    """A state that waits for its decision."""
+    limits = thresholds or Thresholds()
+    pins = Pins(now=NOW, model=MODEL, policy=POLICY, guardrail=GUARDRAIL, thresholds=limits, halted=halted)
+    reasons = (Reason(code="SMALL", text="small", weight=1), Reason(code="LARGE", text="large", weight=9))
+    verdict = policy or PolicyVerdict(result=PolicyResult.PASS)
+    return replace(
+        state or new_state(),
+        n=3,
+        status=Status.PROCESSING,
+        created=Created(at=NOW, pins=pins, history=SubjectHistory(events_1d=4)),
+        validated=Validated(at=NOW, policy=verdict, score=score, reasons=reasons),
+        processed=Processed(at=NOW, checks=checks, unavailable=unavailable),
+    )
+
+
+def decision_of(state: EventState) -> Decision:
+    step = stage_of(state.KIND, Stage.DECISION).decide(state, None, NOW, lambda: 0.0)
+    assert isinstance(step.section, Decided)
+    return step.section.decision
+
+
+def verdict(result: str) -> PolicyVerdict:
+    rule = RuleVerdict(rule="r", result=PolicyResult(result), code="R")
+    return PolicyVerdict(result=PolicyResult(result), rules=() if result == "PASS" else (rule,))
+
+
+def check(name: str) -> Check:
+    return Check(check="c", version="g@1", verdict=cast("Any", name), latency_ms=0.1)
+
+
+APPROVED, REVIEW, REJECTED = PRECEDENCE
+
+
+@pytest.mark.parametrize(
+    ("faults", "outcome", "code"),
+    [
+        ({}, APPROVED, None),
+        ({"score": 39.99}, APPROVED, None),
+        ({"score": 40}, REVIEW, "SCORE_BAND"),
+        ({"score": 75}, REJECTED, "SCORE_BAND"),
+        ({"score": None}, REVIEW, "SCORE_UNAVAILABLE"),
+        ({"score": float("nan")}, REVIEW, "SCORE_BAND"),
+        ({"halted": True}, REVIEW, "HALTED"),
+        ({"halted": True, "score": 80}, REJECTED, "SCORE_BAND"),
+        ({"policy": verdict("FAIL")}, REVIEW, "POLICY_FAIL:r"),
+        ({"policy": verdict("DENY")}, REJECTED, "POLICY_DENY:r"),
+        ({"policy": PolicyVerdict(result=PolicyResult.FAIL)}, REVIEW, "POLICY_FAIL"),
+        ({"policy": verdict("DENY"), "halted": True}, REJECTED, "HALTED"),
+        ({"checks": (check("pass"),)}, APPROVED, None),
+        ({"checks": (check("fail"),)}, REVIEW, "GUARDRAIL:c"),
+        ({"checks": (check("timeout"),)}, REVIEW, "GUARDRAIL:c"),
+        ({"checks": (check("error"),)}, REVIEW, "GUARDRAIL:c"),
+        ({"unavailable": ("model",)}, REVIEW, "DEGRADED:model"),
+    ],
+)
+def test_the_precedence_of_outcomes(faults: dict[str, Any], outcome: Outcome, code: str | None) -> None:
+    decision = decision_of(processing(**faults))
+    assert decision.outcome is outcome
+    gates = [reason.code for reason in decision.reasons if reason.weight == 0]
+    assert code in gates if code else not gates
+
+
+def test_auto_reject_off_sends_rejections_to_a_person() -> None:
+    off = Thresholds(auto_reject=False)
+    decision = decision_of(processing(score=99, policy=verdict("DENY"), thresholds=off))
+    assert decision.outcome is REVIEW
+    assert "AUTO_REJECT_OFF" in [reason.code for reason in decision.reasons]
+
+
+@pytest.mark.parametrize(
+    ("levels", "score", "outcome"),
+    [
+        ((), 10, APPROVED),
+        (("low", "low"), 10, APPROVED),
+        (("low",), 50, REVIEW),
+        (("low",), 80, REJECTED),
+        (("low", "medium"), 10, REVIEW),
+        (("high",), 10, REVIEW),
+        (("high",), 80, REJECTED),
+    ],
+)
+@pytest.mark.parametrize("kind", ["compliance", "risk"])
+def test_low_flags_pass_the_compliance_gate_and_lift_no_other(
+    kind: str, levels: Sequence[str], score: float, outcome: Outcome
+) -> None:
+    flags = [{"code": "AML", "level": level} for level in levels]
+    assert decision_of(processing(new_state(kind, regulatory_flags=flags), score=score)).outcome is outcome
+
+
+def test_a_compliance_event_that_names_no_flags_goes_to_a_person() -> None:
+    state = new_state("compliance")
+    silent = replace(state, event=state.event.model_copy(update={"regulatory_flags": None}))
+    assert decision_of(processing(silent)).outcome is REVIEW
+
+
+situations = st.fixed_dictionaries(
+    {
+        "score": st.floats(0, 100),
+        "halted": st.booleans(),
+        "policy": st.sampled_from(["PASS", "FAIL", "DENY"]).map(verdict),
+        "checks": st.lists(st.sampled_from(["pass", "fail", "timeout", "error"]).map(check), max_size=3).map(tuple),
+        "unavailable": st.sets(st.sampled_from(["model", "policy", "guardrail"])).map(tuple),
+        "thresholds": st.builds(
+            Thresholds, review_from=st.floats(0, 100), reject_from=st.floats(0, 100), auto_reject=st.booleans()
+        ),
+    }
+)
+
+
+@settings(deadline=None)
+@given(situation=situations, fault=st.sampled_from(["halt", "check", "unavailable", "fail", "deny", "flag"]))
+def test_a_fault_never_makes_an_outcome_more_permissive(situation: dict[str, Any], fault: str) -> None:
+    policy: PolicyVerdict = situation["policy"]
+    faults: dict[str, dict[str, Any]] = {
+        "halt": {"halted": True},
+        "check": {"checks": (*situation["checks"], check("error"))},
+        "unavailable": {"unavailable": (*situation["unavailable"], "lists")},
+        "fail": {} if policy.result is PolicyResult.DENY else {"policy": verdict("FAIL")},
+        "deny": {"policy": verdict("DENY")},
+        "flag": {},
+    }
+    worse = situation | faults[fault]
+    flags = [{"code": "AML", "level": "high"}] if fault == "flag" else []
+    before = decision_of(processing(new_state("compliance"), **situation)).outcome
+    after = decision_of(processing(new_state("compliance", regulatory_flags=flags), **worse)).outcome
+    assert PRECEDENCE.index(after) >= PRECEDENCE.index(before)
+    if not situation["thresholds"].auto_reject:
+        assert before is not REJECTED
+
+
+@settings(deadline=None)
+@given(situation=situations)
+def test_a_lost_score_never_ends_in_an_approval(situation: dict[str, Any]) -> None:
+    assert decision_of(processing(**situation | {"score": None})).outcome is not APPROVED
+
+
+def test_a_decision_names_its_versions_evidence_and_reasons_by_weight() -> None:
+    state = processing(score=50, unavailable=("guardrail",))
+    decision = decision_of(state)
+    assert [reason.code for reason in decision.reasons] == ["LARGE", "SMALL", "DEGRADED:guardrail", "SCORE_BAND"]
+    assert decision.versions["model"] == {"name": "model", "version": 1, "digest": MODEL.digest}
+    assert decision.versions["thresholds"]["digest"] == Thresholds().digest
+    assert decision.versions["schema"] == "1.0"
+    assert decision.evidence["body_digest"] == state.body_digest
+    assert decision.evidence["history"]["events_1d"] == 4
+    assert decision.evidence["pins_now"] == NOW
+    assert (decision.degraded, decision.correlation_id, decision.decided_at) == (("guardrail",), "correlation-1", NOW)
+
+
+@pytest.mark.parametrize("kind", ["risk", "compliance"])
+def test_the_flow_is_the_four_stages_in_order(kind: str) -> None:
+    assert tuple(functions.stage for functions in PIPELINE[kind]) == STAGES
+    assert [stage_after(kind, stage) for stage in STAGES] == [*STAGES[1:], None]
+    with pytest.raises(InvalidWorkflowStateError):
+        stage_of("weather", Stage.SCORING)
+
+
+@pytest.mark.parametrize("stage", [Stage.SCORING, Stage.GUARDRAIL, Stage.DECISION])
+def test_a_state_without_its_earlier_sections_does_not_fit_the_stage(stage: Stage) -> None:
+    facts: dict[Stage, Any] = {
+        Stage.SCORING: scoring.ScoringFacts(artifact(MODEL), artifact(POLICY)),
+        Stage.GUARDRAIL: guardrail.GuardrailFacts(artifact(GUARDRAIL)),
+    }
+    with pytest.raises(InvalidWorkflowStateError):
+        stage_of("risk", stage).decide(new_state(), facts.get(stage), NOW, lambda: 0.0)
+
+
+class OneTenant:
+    """A ledger and registry of fixed answers that counts what it is asked."""
+
+    def __init__(self, *, broken: str | None = None, active: ActiveSet | None = None) -> None:
+        self.broken = broken
+        self.set = active or ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds())
+        self.calls: list[tuple[str, int]] = []
+
+    async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
+        return [SubjectHistory(events_1d=number) for number, _ in enumerate(states)]
+
+    async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:
+        self.calls.append((kind, len(scopes)))
+        model = Pin(name=kind, version=1, digest=MODEL.digest)
+        return [replace(self.set, model=model if self.set.model else None) for _ in scopes]
+
+    async def artifacts(self, pins: Sequence[Pin]) -> Sequence[Artifact]:
+        self.calls.append(("artifacts", len(pins)))
+        if any(pin.digest == self.broken for pin in pins):
+            raise InvalidModelStateError
+        return [artifact(pin) for pin in pins]
+
+
+def ports(one: OneTenant) -> StagePorts:
+    return StagePorts(cast("Ledger", one), cast("Registry", one))
+
+
+async def run(state: EventState, one: OneTenant) -> EventState:
+    for functions in PIPELINE[state.KIND]:
+        facts = await functions.gather([state], ports(one))
+        state = moved(state, functions.decide(state, facts[0], NOW, lambda: 1.0), functions.stage)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({}, Status.APPROVED),
+        ({"attributes": {"x": 5}}, Status.REJECTED),
+        ({"text": "a bad text"}, Status.AWAITING_APPROVAL),
+        ({"risk_score": 95.0}, Status.AWAITING_APPROVAL),
+    ],
+)
+@pytest.mark.parametrize("kind", ["risk", "compliance"])
+async def test_an_event_goes_through_all_stages(kind: str, fields: dict[str, Any], status: Status) -> None:
+    state = await run(new_state(kind, **fields), OneTenant())
+    assert (state.n, state.status) == (4, status)
+    assert all(isinstance(value, str | int) for entry in state.trail for value in entry.detail.values())
+    assert state.trail[4].detail["outcome"] == state.decided.decision.outcome if state.decided else False
+
+
+@pytest.mark.parametrize("kind", ["risk", "compliance"])
+@pytest.mark.parametrize("pin", [MODEL, POLICY, GUARDRAIL])
+async def test_an_artifact_that_cannot_be_read_asks_a_person(kind: str, pin: Pin) -> None:
+    state = await run(new_state(kind), OneTenant(broken=pin.digest))
+    assert state.status is Status.AWAITING_APPROVAL
+    assert state.decided is not None
+    assert state.decided.decision.degraded == (pin.name,)
+
+
+@pytest.mark.parametrize("content", [{}, {"type": "cel", "rules": [{"id": "x"}]}, {"type": "checks", "patterns": 3}])
+def test_an_artifact_of_the_wrong_content_fails_closed(content: dict[str, Any]) -> None:
+    wrong = Artifact("any", Pin(name="w", version=1, digest=f"wrong-{sorted(content)}"), content)
+    state = processing()
+    step = scoring.decide(state, scoring.ScoringFacts(wrong, wrong), NOW, lambda: 0.0)
+    assert isinstance(step.section, Validated)
+    assert (step.section.score, step.section.policy.result) == (None, PolicyResult.FAIL)
+    assert step.section.unavailable == ("model", "policy")
+    checked = guardrail.decide(state, guardrail.GuardrailFacts(wrong), NOW, lambda: 0.0).section
+    assert isinstance(checked, Processed)
+    assert checked.unavailable == ("guardrail",)
+
+
+async def test_nothing_active_is_named_and_asks_a_person() -> None:
+    state = await run(new_state(), OneTenant(active=ActiveSet(None, None, None, Thresholds())))
+    assert state.created is not None
+    assert state.created.unavailable == ("model", "policy", "guardrail")
+    assert state.status is Status.AWAITING_APPROVAL
+
+
+async def test_retrieval_asks_once_per_kind_and_keeps_the_order() -> None:
+    one = OneTenant()
+    kinds = ["risk", "compliance", "risk", "compliance", "risk"]
+    facts = await retrieval.gather([new_state(kind) for kind in kinds], ports(one))
+    assert one.calls == [("risk", 3), ("compliance", 2)]
+    assert [fact.active.model.name for fact in facts if fact.active.model] == kinds
+    assert [fact.history.events_1d for fact in facts] == [0, 1, 2, 3, 4]
+
+
+async def test_scoring_asks_once_for_all_distinct_artifacts() -> None:
+    one = OneTenant()
+    facts = await scoring.gather([processing() for _ in range(64)], ports(one))
+    assert len(facts) == 64
+    assert one.calls == [("artifacts", 2)]
+
+
+def test_the_same_state_and_facts_give_the_same_bytes() -> None:
+    facts = scoring.ScoringFacts(artifact(MODEL), artifact(POLICY))
+    before = replace(processing(), status=Status.CREATED, n=1)
+    steps = [scoring.decide(before, facts, NOW, lambda: 0.0) for _ in range(2)]
+    assert steps[0] == steps[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -84,6 +84,12 @@ class Entry:
         return Entry(replace(self.header, **changes), self.body)
 
 
+_FIELDS: dict[str, tuple[type, ...]] = {
+    name: (int,) if name in ("n", "attempts") else (bool,) if name == "suspect" else (str,)
+    for name in EntryHeader.__dataclass_fields__
+} | {"first_failed_at": (str, type(None)), "reply_to": (str, type(None))}
+
+
 def entry_of(state: EventState, stage: str, reply_to: str | None = None) -> Entry:
     """The entry that carries `state` to `stage`."""
     header = EntryHeader(
@@ -119,7 +125,7 @@ def encode_carrier(entries: Sequence[Entry]) -> bytes:
         raise ValueError(f"a carrier holds 1 to {MAX_ENTRIES} entries, not {len(entries)}")
     parts = [MAGIC, _U16.pack(len(entries))]
     for entry in entries:
-        header = canonical_json(asdict(entry.header))
+        header = canonical_json({name: getattr(entry.header, name) for name in _FIELDS})
         parts += (_U32.pack(len(header)), header, _U32.pack(len(entry.body)), entry.body)
     return b"".join(parts)
 
@@ -156,7 +162,9 @@ def _take(data: bytes, offset: int) -> tuple[bytes, int]:
 def _entry(header: bytes, body: bytes) -> Entry | UndecodableEntryError:
     try:
         fields = orjson.loads(header)
-        known = {name: fields[name] for name in EntryHeader.__dataclass_fields__ if name in fields}
+        known = {name: fields[name] for name in _FIELDS if name in fields}
+        if any(not isinstance(value, _FIELDS[name]) for name, value in known.items()):
+            raise TypeError
         return Entry(EntryHeader(**known), body)
     except (TypeError, KeyError, ValueError):
         return UndecodableEntryError("an entry's header cannot be read")

@@ -47,6 +47,8 @@ def _with_offset(value: str) -> str:
         moment = datetime.fromisoformat(value)
     if moment is None or moment.tzinfo is None or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d", value):
         raise ValueError("must be an RFC 3339 date-time with an offset, such as 2026-01-31T12:00:00Z")
+    if not 1900 <= moment.year < 2200:
+        raise ValueError("must lie between the years 1900 and 2199")
     return value
 
 

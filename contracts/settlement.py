@@ -84,7 +84,7 @@ def _undelivered(entry: Entry | None, stage: str, body: bytes, at: str) -> DeadL
         body = encode_carrier((entry,))
         try:
             scope = entry.header.scope
-        except InvalidTenantError:
+        except (InvalidTenantError, TypeError):  # a header is JSON: its tenant may be anything
             scope = None
     digest = hashlib.sha256(body).hexdigest()
     return DeadLetter(

@@ -50,7 +50,7 @@ class TenantScope:
     tenant_id: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tenant_id, str) or not _TENANT_ID.fullmatch(self.tenant_id):
+        if not _TENANT_ID.fullmatch(self.tenant_id):
             raise InvalidTenantError("a tenant id has 1 to 63 of a-z, 0-9 and '-', and does not start with '-'")
 
     @property

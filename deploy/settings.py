@@ -31,7 +31,9 @@ class Settings(BaseModel):
     jwt_secret: SecretStr | None = Field(None, description="Local development only; refused in production")
     environment: Literal["local", "test", "production"] = Field("local", description="Where this fleet runs")
     migration_database_url: SecretStr | None = Field(None, description="PostgreSQL for the owner role: migrations only")
-    rabbitmq_management_url: SecretStr | None = Field(None, description="Management API, http://user:password@host:port")
+    rabbitmq_management_url: SecretStr | None = Field(
+        None, description="Management API, http://user:password@host:port"
+    )
     data_dir: Path = Field(Path(".riskfleet"), description="Private servers, keys and logs of a local fleet")
     pepper: SecretStr | None = Field(None, description="Pepper of API keys; default: the file that 'keys init' made")
     partitions: int = Field(4, ge=1, le=99, description="Queues per stage; a tenant's partition is stable")
@@ -62,11 +64,18 @@ class Settings(BaseModel):
         """The value of a URL or secret that a command cannot do without. Raises SettingsError."""
         value = getattr(self, name)
         if value is None:
-            raise SettingsError(f"{variables()[name]} is not set; set it, or use 'riskfleet up', which finds the servers")
+            raise SettingsError(
+                f"{variables()[name]} is not set; set it, or use 'riskfleet up', which finds the servers"
+            )
         return str(value.get_secret_value())
 
 
-_PLAIN = {"database_url": "DATABASE_URL", "redis_url": "REDIS_URL", "rabbitmq_url": "RABBITMQ_URL", "jwt_secret": "JWT_SECRET"}
+_PLAIN = {
+    "database_url": "DATABASE_URL",
+    "redis_url": "REDIS_URL",
+    "rabbitmq_url": "RABBITMQ_URL",
+    "jwt_secret": "JWT_SECRET",
+}
 
 
 def variables() -> dict[str, str]:

@@ -82,11 +82,25 @@ class BrokerManagement:
             *(d for p in wanted.policies if (d := _policy_difference(p, policies.get(p.name)))),
         ]
 
-    async def depths(self, names: Sequence[str]) -> Mapping[str, int]:
-        """Messages (ready and unacked) per queue; counters of the API lag by up to 5 s."""
+    async def depth(self, names: Sequence[str]) -> int:
+        """Messages (ready and unacked) in these queues together; the API's counters lag by up to 5 s."""
         rows = await self._call("GET", f"queues/{self._vhost}?columns=name,messages")
-        known = {row["name"]: int(row.get("messages", 0)) for row in rows}
-        return {name: known.get(name, 0) for name in names}
+        wanted = set(names)
+        return sum(int(row.get("messages", 0)) for row in rows or () if row["name"] in wanted)
+
+    async def declare_temporary(self, name: str) -> None:
+        """A quorum queue that the broker removes after a minute without use."""
+        arguments = {"x-queue-type": "quorum", "x-expires": 60_000}
+        await self._call("PUT", f"queues/{self._vhost}/{name}", {"durable": True, "arguments": arguments})
+
+    async def delete_queue(self, name: str) -> None:
+        """Remove a queue; its absence is no error."""
+        if await self._call("GET", f"queues/{self._vhost}/{name}") is not None:
+            await self._call("DELETE", f"queues/{self._vhost}/{name}")
+
+    async def version(self) -> str:
+        """The broker's version."""
+        return str((await self._call("GET", "overview"))["rabbitmq_version"])
 
     async def create_upstream_user(self, user: str, password: str, tenant_id: str, exchanges: Sequence[str]) -> None:
         """A tenant's broker user: writes and reads topics of its tenant, owns `up.<tenant>.*`, nothing else.

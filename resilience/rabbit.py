@@ -48,6 +48,7 @@ class RabbitPublisher:
         self._connection: aio_pika.abc.AbstractRobustConnection | None = None
         self._channel: aio_pika.abc.AbstractChannel | None = None
         self._loose: aio_pika.abc.AbstractChannel | None = None
+        self._in_flight: dict[str, asyncio.Event] = {}
 
     async def start(self) -> None:
         """Connect. Raises MessagingFailureError when the broker does not answer."""
@@ -68,12 +69,27 @@ class RabbitPublisher:
         return await asyncio.gather(*(self._publish(message) for message in messages))
 
     async def _publish(self, message: Message) -> Confirm:
+        """One at a time per message id: the client matches returns by id, and would swap two in flight."""
+        while (other := self._in_flight.get(message.message_id)) is not None:
+            await other.wait()
+        done = self._in_flight[message.message_id] = asyncio.Event()
+        try:
+            return await self._send(message)
+        finally:
+            del self._in_flight[message.message_id]
+            done.set()
+
+    async def _send(self, message: Message) -> Confirm:
         channel = self._channel if message.confirm else self._loose
         if channel is None:
             return Confirm.UNKNOWN
         try:
             async with asyncio.timeout(self._timeout_s):
-                exchange = await channel.get_exchange(message.exchange, ensure=False)
+                exchange = (
+                    await channel.get_exchange(message.exchange, ensure=False)
+                    if message.exchange
+                    else channel.default_exchange
+                )
                 result = await exchange.publish(
                     aio_pika.Message(
                         message.body,

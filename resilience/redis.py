@@ -68,7 +68,7 @@ async def _translated() -> AsyncIterator[None]:
     """Translate what the client raises into StateStoreError, once."""
     try:
         yield
-    except (redis.exceptions.RedisError, OSError, TimeoutError, asyncio.TimeoutError) as error:
+    except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
         raise StateStoreError(
             f"Redis does not answer ({type(error).__name__}); is it up, and is REDIS_URL right?"
         ) from error
@@ -180,6 +180,17 @@ class RedisStateStore:
         """`maxmemory-policy` of the server; anything but noeviction would lose state silently."""
         async with _translated():
             return _text((await self._client.config_get("maxmemory-policy")).get("maxmemory-policy"))
+
+    async def version(self) -> str:
+        """The server's version."""
+        async with _translated():
+            return str((await self._client.info("server"))["redis_version"])
+
+    async def script_round_trip_ms(self) -> float:
+        """Run a script over a key that does not exist; returns how long it took (ms)."""
+        began = asyncio.get_running_loop().time()
+        await self._run("release", ["rf:{s0000}:doctor"], ["-"])
+        return (asyncio.get_running_loop().time() - began) * 1000
 
     async def close(self) -> None:
         """Close every connection."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import orjson
 import structlog
@@ -324,7 +325,7 @@ class StageRunner:
         worked = []
         for kind in sorted({c.state.KIND for c in claimed}):
             functions = stage_of(kind, self._stage)
-            group = [c for c in claimed if c.state.KIND == kind]
+            group = [c for c in claimed if kind == c.state.KIND]
             for some in await self._gathered(functions.gather, group, wave):
                 item, facts = some
                 try:
@@ -433,7 +434,7 @@ class StageRunner:
         state = self._decode(entry, claim.stored, wave)
         if state is None:
             return
-        owed = orjson.loads(claim.output) if claim.output else {"first": 0, "reply_to": None}
+        owed: dict[str, Any] = orjson.loads(claim.output) if claim.output else {"first": 0, "reply_to": None}
         first = 0 if self._stage is Stage.RETRIEVAL else entry.header.n + 1
         wave.messages.append(self._next_message(state, owed["reply_to"]))
         wave.records += state.records(min(first, owed["first"]))

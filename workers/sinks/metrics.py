@@ -41,7 +41,7 @@ class MetricsSink:
 
     def _apply(self, row: object) -> None:
         try:
-            name, values, labels = row  # type: ignore[misc]  # checked by the except below
+            name, values, labels = _parts(row)
             metric, collector = METRICS[name], self._collectors[name]
             bounded = self._bounded(metric, labels)
             target = collector.labels(**bounded) if bounded else collector
@@ -64,3 +64,12 @@ def _collector(metric: Metric, registry: CollectorRegistry) -> Counter | Histogr
     if metric.type is MetricType.COUNTER:
         return Counter(metric.name, metric.help, metric.labels, registry=registry)
     return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=_BUCKETS)
+
+
+def _parts(row: object) -> tuple[str, list[float], dict[str, str]]:
+    if not isinstance(row, list) or len(row) != 3:
+        raise TypeError
+    name, values, labels = row
+    if not isinstance(name, str) or not isinstance(values, list) or not isinstance(labels, dict):
+        raise TypeError
+    return name, values, labels

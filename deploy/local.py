@@ -1,0 +1,211 @@
+"""`riskfleet up`: the whole fleet on this machine, from servers to decided demo events.
+
+Promises that a second start reuses everything of the first, and that Ctrl-C drains: doors close first,
+then stages in pipeline order, then sinks, then the servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from pydantic import SecretStr
+from rich.console import Console
+from rich.table import Table
+
+from contracts.failures import InfrastructureError
+from contracts.topology import STAGES
+from deploy import provision
+from deploy.demo import loan_applications
+from deploy.fleet import Fleet, RoleSpec
+from deploy.processes import port_is_free
+from deploy.servers import NativeServers, ServerUrls, ensure_servers
+from deploy.settings import Settings, SettingsError, environment_of
+from deploy.stream import StreamReport, stream
+
+_READY_S = 60.0
+_CLI = (sys.executable, "-m", "deploy.cli")
+
+
+def given_urls(settings: Settings) -> ServerUrls | None:
+    """The URLs that the environment names, None when it names none. Raises SettingsError for only some."""
+    names = ("database_url", "migration_database_url", "redis_url", "rabbitmq_url", "rabbitmq_management_url")
+    given = [name for name in names if getattr(settings, name) is not None]
+    if not given:
+        return None
+    return ServerUrls(*(settings.need(name) for name in names))
+
+
+def with_servers(settings: Settings, urls: ServerUrls) -> Settings:
+    """The settings with these servers' URLs."""
+    return settings.model_copy(
+        update={
+            "database_url": SecretStr(urls.database),
+            "migration_database_url": SecretStr(urls.migration_database),
+            "redis_url": SecretStr(urls.redis),
+            "rabbitmq_url": SecretStr(urls.rabbitmq),
+            "rabbitmq_management_url": SecretStr(urls.rabbitmq_management),
+        }
+    )
+
+
+def roles(health_base: int) -> list[RoleSpec]:
+    """Every role of a local fleet in stop order; each has a health port from `health_base` on (the gateway its own)."""
+    named = [
+        ("gateway", ("gateway",)),
+        ("ingress", ("ingress",)),
+        *((str(stage), ("worker", str(stage))) for stage in STAGES),
+        *((f"sink-{name}", ("sink", name)) for name in ("parking", "audit", "metrics")),
+    ]
+    return [
+        RoleSpec(name, (*_CLI, *argv, "--health-port", str(health_base + i if health_base else 0)), i, 15.0)
+        for i, (name, argv) in enumerate(named)
+    ]
+
+
+def up(settings: Settings, *, demo: bool, oneshot: bool, health_base: int = 9100) -> int:
+    """Run the fleet until Ctrl-C, or until the demo's table when `oneshot`. Returns the exit code."""
+    console = Console()
+    say: Callable[[str], None] = lambda line: console.print(line, style="dim", highlight=False)  # noqa: E731
+    if settings.http_port and not port_is_free(settings.http_port):
+        raise SettingsError(
+            f"port {settings.http_port} is taken (another fleet?); stop it, or set RISKFLEET_HTTP_PORT to a free one"
+        )
+    events = list(loan_applications()) if demo else []
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    urls, servers = ensure_servers(given_urls(settings), settings.data_dir, say)
+    try:
+        settings = with_servers(settings, urls)
+        credentials = asyncio.run(_prepare(settings, say))
+        fleet = Fleet(
+            roles(health_base),
+            _environment(settings),
+            settings.data_dir / "logs",
+            say,
+            servers.ensure_alive if servers else None,
+        )
+        fleet.start()
+        try:
+            _wait_ready(settings, fleet, stop)
+            code = 0
+            if demo and not stop.is_set():
+                if credentials is None:
+                    raise SettingsError("no demo credentials here; remove the data directory to start afresh")
+                code = _demo(settings, credentials, events, fleet, stop, console)
+            if not oneshot and not stop.is_set():
+                _show_urls(console, settings, health_base, servers)
+                fleet.run_until(stop.is_set)
+        finally:
+            say("draining …")
+            fleet.stop()
+        return code
+    finally:
+        if servers is not None:
+            servers.stop()
+
+
+async def _prepare(settings: Settings, say: Callable[[str], None]) -> provision.DemoCredentials | None:
+    began = time.monotonic()
+    await provision.migrate(settings)
+    count = await provision.apply_topology(settings)
+    await provision.demo(settings)
+    say(f"schema and topology ready ({count} things, {time.monotonic() - began:.1f} s)")
+    return provision.demo_credentials(settings.data_dir)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RISKFLEET_")}
+    absolute = settings.model_copy(update={"data_dir": settings.data_dir.resolve()})
+    return kept | environment_of(absolute)
+
+
+def _wait_ready(settings: Settings, fleet: Fleet, stop: threading.Event) -> None:
+    """Until the gateway is ready. The stages need no wait: queues hold what comes before them."""
+    url = f"http://{settings.http_host}:{settings.http_port}/health/ready"
+    deadline = time.monotonic() + _READY_S
+    while not stop.is_set():
+        fleet.tick()
+        try:
+            if httpx.get(url, timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"the gateway was not ready after {_READY_S:.0f} s; its log is in the data directory"
+            )
+        time.sleep(0.1)
+
+
+def _demo(
+    settings: Settings,
+    credentials: provision.DemoCredentials,
+    events: list[dict[str, object]],
+    fleet: Fleet,
+    stop: threading.Event,
+    console: Console,
+) -> int:
+    """Stream in a thread; supervise in this one, since children die with the thread that started them."""
+    result: list[StreamReport | BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(asyncio.run(stream(settings, credentials, events, show=console.is_terminal)))
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            result.append(error)
+
+    thread = threading.Thread(target=work, name="stream", daemon=True)
+    thread.start()
+    fleet.run_until(lambda: stop.is_set() or not thread.is_alive())
+    if not result:
+        return 1
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    show_report(console, result[0])
+    return 0 if result[0].complete else 1
+
+
+def show_report(console: Console, report: StreamReport) -> None:
+    """The table at the end of a stream."""
+    c, a = report.counts, report.audit
+    table = Table(title=f"{report.sent:,} loan applications, half by HTTP, half by AMQP")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_row("events", f"{c.events:,}")
+    table.add_row("decisions (revision 1)", f"{c.decisions:,}")
+    for outcome, count in c.by_outcome.items():
+        table.add_row(f"  {outcome}", f"{count:,}")
+    table.add_row("open dead letters", f"{c.dead_letters:,}")
+    table.add_row("messages left in queues", f"{report.queued:,}")
+    table.add_section()
+    table.add_row("sent, events/s", f"{report.sent / max(report.sending_s, 1e-9):,.0f}")
+    table.add_row("settled, events/s (audit included)", f"{report.sent / max(report.settled_s, 1e-9):,.0f}")
+    table.add_row("receipt to decision, p50", f"{report.latencies.p50_s * 1000:,.0f} ms")
+    table.add_row("receipt to decision, p99", f"{report.latencies.p99_s * 1000:,.0f} ms")
+    table.add_section()
+    table.add_row("audit records", f"{a.records:,}")
+    table.add_row("audit", f"{'verified' if a.intact else 'NOT VERIFIED: ' + str(a.problem)}")
+    table.add_row("missing / orphans", f"{a.missing:,} / {a.orphans:,}")
+    console.print(table)
+    if not report.complete:
+        console.print("[bold red]not complete[/]: events, decisions and queues above do not add up")
+
+
+def _show_urls(console: Console, settings: Settings, health_base: int, servers: NativeServers | None) -> None:
+    base = f"http://{settings.http_host}:{settings.http_port}"
+    metrics = f"http://{settings.health_host}:{health_base + len(roles(health_base)) - 1}/metrics"
+    console.print(f"gateway   {base}/v1/events   health {base}/health/ready", highlight=False)
+    console.print(f"metrics   {metrics}", highlight=False)
+    console.print(f"demo key  in {provision.credentials_file(settings.data_dir)}", highlight=False)
+    console.print(f"logs      in {Path(settings.data_dir) / 'logs'}", highlight=False)
+    if servers is not None:
+        console.print("Ctrl-C drains and stops everything; the data stays for the next start", highlight=False)

@@ -1,0 +1,259 @@
+"""The composition root: builds each role from settings, runs it, and stops it in a stated order.
+
+Nothing is built or connected at import. A role is a `Kit` of connected adapters plus what is started
+on them; tests build the same roles from other settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import CollectorRegistry
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from contracts.failures import InfrastructureError, StateStoreError
+from contracts.topology import METRICS_QUEUE, PARKED_SOURCES, UNROUTED, Stage, audit_queue, parked_queue, stage_queue
+from deploy import keys
+from deploy.runtime import RandomIds, SystemClock
+from deploy.settings import Settings
+from gateway.health import HealthDoor, HealthReport, health_app, serve
+from gateway.http import HttpPorts, create_app
+from gateway.ingress import Ingress
+from gateway.intake import Intake, IntakePorts
+from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
+from governance.postgres import engine as pg
+from governance.postgres.audit import PostgresAuditLog
+from governance.postgres.deadletters import PostgresDeadLetters
+from governance.postgres.directory import PostgresDirectory
+from governance.postgres.ledger import PostgresLedger
+from governance.postgres.registry import PostgresRegistry
+from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher
+from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
+from workers.runner import RunnerPolicy, RunnerPorts, StageRunner
+from workers.settling import RetryPolicy
+from workers.sinks.audit import AuditSink
+from workers.sinks.metrics import MetricsSink
+from workers.sinks.parking import ParkingSink
+from workers.stages import StagePorts
+from workers.telemetry import QueueTelemetry
+
+log = structlog.get_logger("role")
+
+_BEAT_S = 1.0
+_DISCOVERY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """The connected adapters of one process."""
+
+    settings: Settings
+    boot: str
+    clock: SystemClock
+    ids: RandomIds
+    engine: AsyncEngine
+    publisher: RabbitPublisher
+    state_store: RedisStateStore
+    telemetry: QueueTelemetry
+
+    async def probe(self) -> None:
+        """Raise the InfrastructureError of the first server that does not answer."""
+        await self.publisher.ping()
+        await self.state_store.ping()
+        await pg.ping(self.engine)
+
+
+@asynccontextmanager
+async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
+    """Connect to the three servers; refuses unsafe ones. Raises an InfrastructureError that says what to do."""
+    ids, clock = RandomIds(), SystemClock()
+    boot = new_boot_id(ids.token())
+    engine = pg.create_engine(settings.need("database_url"), application_name=f"riskfleet-{role}")
+    policy = StatePolicy(settings.lease_ms, settings.state_ttl, settings.tombstone_ttl)
+    state_store = RedisStateStore(connect(settings.need("redis_url")), boot, policy)
+    publisher = RabbitPublisher(
+        settings.need("rabbitmq_url"), timeout_s=settings.publish_timeout_s, name=f"riskfleet-{role}"
+    )
+    telemetry = QueueTelemetry(publisher, ids)
+    try:
+        await pg.check_settings(engine)
+        await check_eviction(state_store)
+        await publisher.start()
+        await telemetry.start()
+        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry)
+        # Last measurements need the publisher; the publisher outlives everything that publishes.
+        await telemetry.stop()
+    finally:
+        await publisher.close()
+        await state_store.close()
+        await pg.dispose(engine)
+
+
+async def check_eviction(state_store: RedisStateStore) -> None:
+    """Raise StateStoreError unless Redis refuses writes rather than evict state."""
+    policy = await state_store.eviction_policy()
+    if policy != "noeviction":
+        raise StateStoreError(
+            f"Redis evicts ({policy}): set 'maxmemory-policy noeviction', since evicted state is lost"
+        )
+
+
+async def run_worker(settings: Settings, stage: Stage) -> None:
+    """One stage's worker over all partitions, until SIGTERM or SIGINT."""
+    async with kit(settings, stage) as k:
+        ledger = PostgresLedger(k.engine)
+        ports = RunnerPorts(
+            k.state_store,
+            ledger,
+            k.publisher,
+            StagePorts(ledger, PostgresRegistry(k.engine, k.clock)),
+            k.telemetry,
+            k.clock,
+            k.ids,
+        )
+        policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
+        runner = StageRunner(stage, ports, settings.partitions, policy)
+        queues = [stage_queue(stage, p) for p in range(settings.partitions)]
+        await _consume(k, stage, queues, runner.handle)
+
+
+async def run_sink(settings: Settings, sink: str) -> None:
+    """One sink (audit, metrics or parking), until SIGTERM or SIGINT."""
+    async with kit(settings, f"sink-{sink}") as k:
+        registry = CollectorRegistry()
+        handler: Handler
+        if sink == "audit":
+            queues = [audit_queue(p) for p in range(settings.partitions)]
+            handler = AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock).handle
+        elif sink == "parking":
+            queues = [parked_queue(source) for source in PARKED_SOURCES]
+            handler = ParkingSink(PostgresDeadLetters(k.engine, k.clock), k.clock).handle
+        else:
+            queues = [METRICS_QUEUE]
+            handler = MetricsSink(registry).handle
+        await _consume(k, f"sink-{sink}", queues, handler, registry)
+
+
+async def run_gateway(settings: Settings) -> None:
+    """The HTTP door, until SIGTERM or SIGINT."""
+    async with kit(settings, "gateway") as k:
+        ledger = PostgresLedger(k.engine)
+        refusals, intake = _doors(k, ledger)
+        directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
+        ports = HttpPorts(directory, ledger, k.state_store, k.ids)
+        door = _health(k, CollectorRegistry(), lambda: None)
+        app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
+        stop = _stop_signal()
+        async with _background(k, stop, _flush_forever(refusals)):
+            await serve(app, settings.http_host, settings.http_port, stop=stop)
+        await refusals.flush(final=True)
+
+
+async def run_ingress(settings: Settings) -> None:
+    """The AMQP door over the ingest queue of every tenant with a broker user, until SIGTERM or SIGINT."""
+    async with kit(settings, "ingress") as k:
+        refusals, intake = _doors(k, PostgresLedger(k.engine))
+        directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
+        ingress = Ingress(intake, directory, k.publisher, refusals, k.clock, k.ids)
+        consumer = _consumer(k, [UNROUTED], ingress.handle)
+        stop = _stop_signal()
+        await consumer.start()
+        async with _background(k, stop, _flush_forever(refusals), _discover(consumer, directory)):
+            door = _health(k, CollectorRegistry(), lambda: consumer.paused_reason)
+            await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
+        await consumer.stop()
+        await refusals.flush(final=True)
+
+
+def _doors(k: Kit, ledger: PostgresLedger) -> tuple[RefusalLog, Intake]:
+    counter = RefusalCounter(RefusalPolicy(k.boot))
+    refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.settings.partitions)
+    ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids)
+    return refusals, Intake(ports, refusals, k.settings.partitions)
+
+
+async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory) -> None:
+    """Take up the queues of new tenants; a tenant is served within seconds of its making."""
+    while True:
+        with contextlib.suppress(InfrastructureError):
+            for profile in await directory.tenants():
+                if profile.broker_user is not None:
+                    await consumer.add_queue(profile.scope.ingest_queue)
+        await asyncio.sleep(_DISCOVERY_S)
+
+
+async def _flush_forever(refusals: RefusalLog) -> None:
+    while True:
+        await asyncio.sleep(1)
+        with contextlib.suppress(InfrastructureError):
+            await refusals.flush()
+
+
+def _consumer(k: Kit, queues: Sequence[str], handler: Handler) -> RabbitConsumer:
+    policy = ConsumerPolicy(k.settings.prefetch, k.settings.group)
+    return RabbitConsumer(k.settings.need("rabbitmq_url"), queues, handler, k.probe, policy)
+
+
+async def _consume(
+    k: Kit, role: str, queues: Sequence[str], handler: Handler, registry: CollectorRegistry | None = None
+) -> None:
+    """Beat, consume and answer health until told to stop; then finish the group in hand."""
+    await k.state_store.beat()
+    consumer = _consumer(k, queues, handler)
+    stop = _stop_signal()
+    await consumer.start()
+    log.info("role.ready", role=role, count=len(queues))
+    async with _background(k, stop):
+        door = _health(k, registry or CollectorRegistry(), lambda: consumer.paused_reason)
+        await serve(health_app(door), k.settings.health_host, k.settings.health_port, stop=stop)
+    await consumer.stop()
+
+
+def _health(k: Kit, registry: CollectorRegistry, paused: Callable[[], str | None]) -> HealthDoor:
+    async def check() -> HealthReport:
+        try:
+            await k.probe()
+        except InfrastructureError as error:
+            return HealthReport(False, (error.detail,))
+        reason = paused()
+        return HealthReport(reason is None, (f"paused: {reason}",) if reason else ())
+
+    return HealthDoor(k.settings.environment, k.settings.version, check, registry)
+
+
+@asynccontextmanager
+async def _background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> AsyncIterator[None]:
+    """The heartbeat and other endless work beside a role; a task that dies stops the role, loudly."""
+    tasks = [asyncio.ensure_future(item) for item in (_beat_forever(k), *work)]
+    for task in tasks:
+        task.add_done_callback(lambda t: None if t.cancelled() else stop.set())
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+async def _beat_forever(k: Kit) -> None:
+    while True:
+        with contextlib.suppress(StateStoreError):
+            await k.state_store.beat()
+        await asyncio.sleep(_BEAT_S)
+
+
+def _stop_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop

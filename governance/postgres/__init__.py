@@ -1,0 +1,54 @@
+"""The one door to PostgreSQL: adapters of the ports Ledger, Registry, AuditLog, DeadLetters and Directory.
+
+Promises: every transaction sees exactly the tenants that it was opened for, rows are touched in one order
+everywhere, and every failure of the server arrives as a DatabaseError. Makes no table: `deploy.migrations` does.
+"""
+
+from governance.postgres.audit import AuditReport, PostgresAuditLog
+from governance.postgres.deadletters import PostgresDeadLetters
+from governance.postgres.directory import (
+    PostgresDirectory,
+    create_api_key,
+    create_first_admin,
+    create_tenant,
+    has_users,
+    tenant_ids,
+)
+from governance.postgres.engine import (
+    UnsafeDatabaseError,
+    check_settings,
+    create_engine,
+    dispose,
+    insert_and_roll_back,
+    ping,
+    transaction,
+)
+from governance.postgres.ledger import PostgresLedger
+from governance.postgres.registry import PostgresRegistry
+from governance.postgres.reports import Counts, EventSummary, LetterSummary, counts, event_summary
+
+__all__ = [
+    "AuditReport",
+    "Counts",
+    "EventSummary",
+    "LetterSummary",
+    "PostgresAuditLog",
+    "PostgresDeadLetters",
+    "PostgresDirectory",
+    "PostgresLedger",
+    "PostgresRegistry",
+    "UnsafeDatabaseError",
+    "check_settings",
+    "counts",
+    "create_api_key",
+    "create_engine",
+    "create_first_admin",
+    "create_tenant",
+    "dispose",
+    "event_summary",
+    "has_users",
+    "insert_and_roll_back",
+    "ping",
+    "tenant_ids",
+    "transaction",
+]

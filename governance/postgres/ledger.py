@@ -1,0 +1,310 @@
+"""Events and decisions: who owns an identity, and what was decided, once.
+
+Promises: the first body of an identity owns it, the first decision of a revision stands, and everybody reads back
+the same bytes. One statement per step for any number of rows, always in the order (tenant, event), so that two
+processes with the same events wait for each other and never for ever. Computes nothing about a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC
+from decimal import Decimal
+from typing import Any, Final
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from contracts.events import canonical_json
+from contracts.failures import DatabaseError, InvalidWorkflowStateError
+from contracts.outcomes import Outcome
+from contracts.ports import DecisionRow, EventRow
+from contracts.state import EventState, SubjectHistory
+from contracts.tenancy import TenantScope
+from governance.postgres.engine import clean, columns, moment, transaction
+
+Key = tuple[TenantScope, str]
+
+_EVENT: Final = (
+    *("tenant", "event_id", "identity", "body_digest", "kind", "type", "subject_type", "subject_id"),
+    *("amount", "currency", "occurred_at", "received_at", "correlation_id", "body"),
+)
+
+# The arrays are sorted by the caller, and unnest keeps their order: no ORDER BY, whose collation may be another.
+_INSERT_EVENTS: Final = text(
+    """
+    INSERT INTO events (tenant, event_id, identity, body_digest, kind, type, subject_type, subject_id, amount,
+                        currency, occurred_at, received_at, correlation_id, body)
+    SELECT * FROM unnest(
+        CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:identity AS text[]), CAST(:body_digest AS text[]),
+        CAST(:kind AS text[]), CAST(:type AS text[]), CAST(:subject_type AS text[]), CAST(:subject_id AS text[]),
+        CAST(:amount AS numeric[]), CAST(:currency AS text[]), CAST(:occurred_at AS timestamptz[]),
+        CAST(:received_at AS timestamptz[]), CAST(:correlation_id AS text[]), CAST(:body AS bytea[]))
+    ON CONFLICT DO NOTHING
+    """
+)
+
+_HIGHEST: Final = """
+    LEFT JOIN LATERAL (
+        SELECT d.revision, d.outcome, d.body_digest, d.decision, d.state FROM decisions d
+         WHERE d.tenant = k.tenant AND d.event_id = k.event_id ORDER BY d.revision DESC LIMIT 1) d ON true
+     ORDER BY k.i
+"""
+_KEYS: Final = "unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[])) WITH ORDINALITY AS k(tenant, event_id, i)"
+
+_READ_EVENTS: Final = text(
+    f"""
+    SELECT e.body_digest AS owner, d.* FROM {_KEYS}
+    LEFT JOIN events e ON e.tenant = k.tenant AND e.event_id = k.event_id
+    {_HIGHEST}
+    """  # noqa: S608 - put together from the constants above
+)
+_READ_DECISIONS: Final = text(f"SELECT d.* FROM {_KEYS} {_HIGHEST}")  # noqa: S608 - see above
+
+_KNOWN: Final = text(
+    f"""
+    SELECT e.event_id IS NOT NULL AS known FROM {_KEYS}
+    LEFT JOIN events e ON e.tenant = k.tenant AND e.event_id = k.event_id ORDER BY k.i
+    """  # noqa: S608 - see above
+)
+
+_DECISION: Final = (
+    *("tenant", "event_id", "outcome", "decided_by", "body_digest", "digest", "decision", "state", "score"),
+    "decided_at",
+)
+_INSERT_DECISIONS: Final = text(
+    """
+    INSERT INTO decisions (tenant, event_id, revision, outcome, decided_by, body_digest, digest, decision, state,
+                           score, decided_at)
+    SELECT k.tenant, k.event_id, 1, k.outcome, k.decided_by, k.body_digest, k.digest, k.decision, k.state, k.score,
+           k.decided_at
+      FROM unnest(
+        CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:outcome AS text[]), CAST(:decided_by AS text[]),
+        CAST(:body_digest AS text[]), CAST(:digest AS text[]), CAST(:decision AS bytea[]), CAST(:state AS bytea[]),
+        CAST(:score AS numeric[]), CAST(:decided_at AS timestamptz[]))
+        AS k(tenant, event_id, outcome, decided_by, body_digest, digest, decision, state, score, decided_at)
+    ON CONFLICT DO NOTHING
+    RETURNING tenant, event_id
+    """
+)
+
+# An array of arrays must be rectangular, so the reason codes of a row travel as one JSON text.
+_OPEN_APPROVALS: Final = text(
+    """
+    INSERT INTO approvals (tenant, event_id, revision, opened_at, status, reasons)
+    SELECT k.tenant, k.event_id, 1, k.opened_at, 'open',
+           ARRAY(SELECT jsonb_array_elements_text(CAST(k.reasons AS jsonb)))
+      FROM unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:opened_at AS timestamptz[]),
+                  CAST(:reasons AS text[])) AS k(tenant, event_id, opened_at, reasons)
+    ON CONFLICT DO NOTHING
+    """
+)
+
+_CLOSE_LETTERS: Final = text(
+    """
+    UPDATE dead_letters SET status = 'closed' WHERE letter_id IN (
+        SELECT l.letter_id FROM dead_letters l
+          JOIN unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[])) AS k(tenant, event_id)
+            ON l.tenant = k.tenant AND l.event_id = k.event_id
+         WHERE l.status = 'open' ORDER BY l.letter_id FOR UPDATE OF l)
+    """
+)
+
+# 24 hours, not a day: a day's length follows the session's time zone.
+_HISTORIES: Final = text(
+    """
+    SELECT h.events_1d, h.events_30d, h.amount_30d, f.first_seen_at
+      FROM unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:subject_type AS text[]),
+                  CAST(:subject_id AS text[]), CAST(:occurred_at AS timestamptz[]), CAST(:currency AS text[]))
+           WITH ORDINALITY AS k(tenant, event_id, subject_type, subject_id, occurred_at, currency, i)
+     CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE e.occurred_at > k.occurred_at - interval '24 hours') AS events_1d,
+               count(*) AS events_30d,
+               coalesce(sum(e.amount) FILTER (WHERE e.currency = k.currency), 0) AS amount_30d
+          FROM events e
+         WHERE e.tenant = k.tenant AND e.subject_type = k.subject_type AND e.subject_id = k.subject_id
+           AND e.occurred_at <= k.occurred_at AND e.occurred_at > k.occurred_at - interval '720 hours'
+           AND e.event_id <> k.event_id) h
+      LEFT JOIN LATERAL (
+        SELECT e.occurred_at AS first_seen_at FROM events e
+         WHERE e.tenant = k.tenant AND e.subject_type = k.subject_type AND e.subject_id = k.subject_id
+           AND e.occurred_at <= k.occurred_at AND e.event_id <> k.event_id
+         ORDER BY e.occurred_at LIMIT 1) f ON true
+     ORDER BY k.i
+    """
+)
+
+
+class PostgresLedger:
+    """The port Ledger over the tables `events`, `decisions` and `approvals`."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def record_events(self, states: Sequence[EventState]) -> Sequence[EventRow]:
+        """Insert each event unless its identity is owned already, and read back owner and decision, by position."""
+        if not states:
+            return ()
+        ordered = sorted(states, key=_order)  # stable: of two states with one key the first is inserted
+        async with transaction(self._engine, [state.scope for state in states]) as connection:
+            await connection.execute(_INSERT_EVENTS, columns([_event(state) for state in ordered], _EVENT))
+            rows = (await connection.execute(_READ_EVENTS, _keys([(s.scope, s.event_id) for s in states]))).all()
+        return tuple(_event_row(row) for row in rows)
+
+    async def decisions(self, keys: Sequence[Key]) -> Sequence[DecisionRow | None]:
+        """The highest revision of each event's decision, by position."""
+        if not keys:
+            return ()
+        async with transaction(self._engine, [scope for scope, _ in keys]) as connection:
+            return await _read_decisions(connection, keys)
+
+    async def decide(self, states: Sequence[EventState]) -> Sequence[DecisionRow]:
+        """Insert revision 1 of each decided state, open the approvals of those that won, and read back, by position.
+
+        Raises InvalidWorkflowStateError for a state without a decision.
+        """
+        if not states:
+            return ()
+        keys = [(state.scope, state.event_id) for state in states]
+        ordered = sorted(states, key=_order)
+        rows = [_decision(state) for state in ordered]
+        async with transaction(self._engine, [state.scope for state in states]) as connection:
+            inserted = await connection.execute(_INSERT_DECISIONS, columns(rows, _DECISION))
+            won = {(row.tenant, row.event_id) for row in inserted}
+            openings = _approvals(ordered, won)
+            if openings:
+                names = ("tenant", "event_id", "opened_at", "reasons")
+                await connection.execute(_OPEN_APPROVALS, columns(openings, names))
+            await connection.execute(_CLOSE_LETTERS, _keys(keys))
+            found = await _read_decisions(connection, keys)
+        decided = tuple(row for row in found if row is not None)
+        if len(decided) != len(states):
+            raise DatabaseError("a decision that was written cannot be read back")
+        return decided
+
+    async def known(self, keys: Sequence[Key]) -> Sequence[bool]:
+        """Whether `events` has each event, by position."""
+        if not keys:
+            return ()
+        async with transaction(self._engine, [scope for scope, _ in keys]) as connection:
+            rows = (await connection.execute(_KNOWN, _keys(keys))).all()
+        return tuple(bool(row.known) for row in rows)
+
+    async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
+        """What `events` holds now of each event's subject up to the event's own time, by position.
+
+        Windows are (occurred − 24 h, occurred] and (occurred − 720 h, occurred]; amounts of other currencies are
+        not added. A subject with very many events in 30 days costs an index scan over all of them.
+        """
+        if not states:
+            return ()
+        names = ("tenant", "event_id", "subject_type", "subject_id", "occurred_at", "currency")
+        rows = [_subject(state) for state in states]
+        async with transaction(self._engine, [state.scope for state in states]) as connection:
+            found = (await connection.execute(_HISTORIES, columns(rows, names))).all()
+        return tuple(_history(row) for row in found)
+
+
+async def read_decision(connection: AsyncConnection, scope: TenantScope, event_id: str) -> DecisionRow | None:
+    """The highest revision of one event's decision, inside the caller's transaction."""
+    (row,) = await _read_decisions(connection, [(scope, event_id)])
+    return row
+
+
+async def _read_decisions(connection: AsyncConnection, keys: Sequence[Key]) -> tuple[DecisionRow | None, ...]:
+    rows = (await connection.execute(_READ_DECISIONS, _keys(keys))).all()
+    return tuple(_decision_row(row) for row in rows)
+
+
+def _keys(keys: Sequence[Key]) -> dict[str, list[Any]]:
+    return columns([(scope.tenant_id, event_id) for scope, event_id in keys], ("tenant", "event_id"))
+
+
+def _order(state: EventState) -> tuple[str, str]:
+    return (state.scope.tenant_id, state.event_id)
+
+
+def _event(state: EventState) -> tuple[Any, ...]:
+    event = state.event
+    return (
+        state.scope.tenant_id,
+        state.event_id,
+        None if event.id is None else clean(event.id),
+        state.body_digest,
+        state.KIND,
+        event.type,
+        clean(event.subject.type),
+        clean(event.subject.id),
+        Decimal(event.amount.value) if event.amount else None,
+        event.amount.currency if event.amount else None,
+        moment(event.occurred_at),
+        moment(state.received_at),
+        clean(state.correlation_id),
+        event.canonical_bytes(),
+    )
+
+
+def _subject(state: EventState) -> tuple[Any, ...]:
+    event = state.event
+    return (
+        state.scope.tenant_id,
+        state.event_id,
+        clean(event.subject.type),
+        clean(event.subject.id),
+        moment(event.occurred_at),
+        event.amount.currency if event.amount else None,
+    )
+
+
+def _decision(state: EventState) -> tuple[Any, ...]:
+    if state.decided is None:
+        raise InvalidWorkflowStateError("a state without a decision cannot be written to the table of decisions")
+    decision = state.decided.decision
+    return (
+        state.scope.tenant_id,
+        state.event_id,
+        decision.outcome.value,
+        decision.decided_by,
+        state.body_digest,
+        state.digest,
+        canonical_json(decision.model_dump(mode="json", exclude_none=True)),
+        state.to_bytes(),
+        None if decision.score is None else Decimal(str(decision.score)),
+        moment(decision.decided_at),
+    )
+
+
+def _approvals(states: Sequence[EventState], won: set[tuple[str, str]]) -> list[tuple[Any, ...]]:
+    """Approval rows of the inserts that won: of two states with one key only the first can have been inserted."""
+    openings: dict[tuple[str, str], tuple[Any, ...] | None] = {}
+    for state in states:
+        key = _order(state)
+        if key not in won or key in openings or state.decided is None:
+            continue
+        decision = state.decided.decision
+        codes = canonical_json([clean(reason.code) for reason in decision.reasons]).decode()
+        wanted = decision.outcome is Outcome.REQUIRE_APPROVAL
+        openings[key] = (*key, moment(decision.decided_at), codes) if wanted else None
+    return [row for row in openings.values() if row is not None]
+
+
+def _event_row(row: Row[Any]) -> EventRow:
+    if row.owner is None:
+        raise DatabaseError("an event that was written cannot be read back")
+    return EventRow(row.owner, _decision_row(row))
+
+
+def _decision_row(row: Row[Any]) -> DecisionRow | None:
+    if row.revision is None:
+        return None
+    return DecisionRow(row.body_digest, row.revision, row.outcome, bytes(row.decision), bytes(row.state))
+
+
+def _history(row: Row[Any]) -> SubjectHistory:
+    first = row.first_seen_at
+    return SubjectHistory(
+        events_1d=row.events_1d,
+        events_30d=row.events_30d,
+        amount_30d=format(row.amount_30d, "f"),
+        first_seen_at=None if first is None else first.astimezone(UTC).isoformat().replace("+00:00", "Z"),
+    )

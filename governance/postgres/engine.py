@@ -7,7 +7,6 @@ next caller would read the answer to somebody else's question. Does not repeat a
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -213,23 +212,6 @@ async def ping(engine: AsyncEngine) -> str:
     """The server's version, such as "15.9". Raises DatabaseError."""
     async with transaction(engine, ()) as connection:
         return str((await connection.execute(text("SHOW server_version"))).scalar_one()).split(" ")[0]
-
-
-class _RolledBackError(Exception):
-    """Leaves a transaction without committing it."""
-
-
-async def insert_and_roll_back(engine: AsyncEngine) -> None:
-    """Write one row under row-level security, read it back, and undo it: the whole way, without a trace.
-
-    Raises DatabaseError when the server does not answer or the row cannot be read back.
-    """
-    written = text("INSERT INTO labels VALUES (:t, 'probe', '', '', '', now(), now(), '') RETURNING tenant")
-    with contextlib.suppress(_RolledBackError):
-        async with transaction(engine, [None]) as connection:
-            if (await connection.execute(written, {"t": chain_of(None)})).scalar_one_or_none() is None:
-                raise DatabaseError("a row that was written cannot be read back")
-            raise _RolledBackError
 
 
 def clean(value: str) -> str:

@@ -190,7 +190,7 @@ async def test_the_application_role_passes_and_the_owner_is_refused(engine: Asyn
     await check_settings(engine)
     assert (await ping(engine))[0].isdigit()
     await insert_and_roll_back(engine)
-    assert await rows(engine, [None], "SELECT 1 FROM labels") == []
+    assert await rows(engine, [], "SELECT 1 FROM users WHERE user_id = 'doctor'") == []
     with pytest.raises(UnsafeDatabaseError, match="owns tables"):
         await check_settings(owner)
 

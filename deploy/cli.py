@@ -8,16 +8,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Coroutine
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import orjson
 import typer
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +23,7 @@ from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage, topology
 from deploy import doctor as doctor_checks
-from deploy import keys, local, logs, provision, settings, submit, wiring
+from deploy import keys, local, logs, provision, role, settings, submit
 from deploy.processes import ServersError
 from deploy.runtime import SystemClock
 from deploy.servers import running_urls
@@ -67,9 +65,8 @@ class Sink(StrEnum):
     PARKING = "parking"
 
 
-def _settings(health_port: int | None = None) -> settings.Settings:
-    loaded = settings.load({k: v for k, v in os.environ.items() if k not in submit.CLIENT_VARIABLES})
-    return loaded if health_port is None else loaded.model_copy(update={"health_port": health_port})
+def _settings() -> settings.Settings:
+    return settings.load({k: v for k, v in os.environ.items() if k not in submit.CLIENT_VARIABLES})
 
 
 def _found_settings() -> settings.Settings:
@@ -77,11 +74,6 @@ def _found_settings() -> settings.Settings:
     loaded = _settings()
     urls = running_urls(loaded.data_dir) if local.given_urls(loaded) is None else None
     return loaded if urls is None else local.with_servers(loaded, urls)
-
-
-def _role(name: str, loaded: settings.Settings, work: Coroutine[Any, Any, None]) -> None:
-    logs.configure(loaded.log_level, name)
-    uvloop.run(work)
 
 
 @app.command()
@@ -99,32 +91,27 @@ def up(
 
 
 @app.command()
-def gateway(health_port: HealthPort = None) -> None:
-    """The HTTP door."""
-    del health_port  # the door answers health on its own port
-    loaded = _settings()
-    _role("gateway", loaded, wiring.run_gateway(loaded))
+def gateway() -> None:
+    """The HTTP door; it answers health on its own port."""
+    role.run("gateway", None, None)
 
 
 @app.command()
 def ingress(health_port: HealthPort = None) -> None:
     """The AMQP door."""
-    loaded = _settings(health_port)
-    _role("ingress", loaded, wiring.run_ingress(loaded))
+    role.run("ingress", None, health_port)
 
 
 @app.command()
 def worker(stage: Stage, health_port: HealthPort = None) -> None:
     """One stage's worker over all partitions."""
-    loaded = _settings(health_port)
-    _role(stage, loaded, wiring.run_worker(loaded, stage))
+    role.run("worker", stage, health_port)
 
 
 @app.command()
 def sink(kind: Sink, health_port: HealthPort = None) -> None:
     """One sink."""
-    loaded = _settings(health_port)
-    _role(f"sink-{kind}", loaded, wiring.run_sink(loaded, kind))
+    role.run("sink", kind, health_port)
 
 
 @topology_app.command("apply")

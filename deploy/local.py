@@ -31,7 +31,7 @@ from deploy.settings import Settings, SettingsError, environment_of
 from deploy.stream import StreamReport, stream
 
 _READY_S = 60.0
-_CLI = (sys.executable, "-m", "deploy.cli")
+_ROLE = (sys.executable, "-m", "deploy.role")
 
 
 def given_urls(settings: Settings) -> ServerUrls | None:
@@ -65,7 +65,7 @@ def roles(health_base: int) -> list[RoleSpec]:
         *((f"sink-{name}", ("sink", name)) for name in ("parking", "audit", "metrics")),
     ]
     return [
-        RoleSpec(name, (*_CLI, *argv, "--health-port", str(health_base + i if health_base else 0)), i, 15.0)
+        RoleSpec(name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), i, 15.0)
         for i, (name, argv) in enumerate(named)
     ]
 

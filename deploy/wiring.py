@@ -9,24 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
-from prometheus_client import CollectorRegistry
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.failures import InfrastructureError, StateStoreError
-from contracts.topology import METRICS_QUEUE, PARKED_SOURCES, UNROUTED, Stage, audit_queue, parked_queue, stage_queue
+from contracts.topology import (
+    METRICS_QUEUE,
+    PARKED_SOURCES,
+    STAGES,
+    UNROUTED,
+    Stage,
+    audit_queue,
+    parked_queue,
+    stage_queue,
+)
 from deploy import keys
 from deploy.runtime import RandomIds, SystemClock
-from deploy.settings import Settings
-from gateway.health import HealthDoor, HealthReport, health_app, serve
+from deploy.settings import Settings, SettingsError
+from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
 from gateway.http import HttpPorts, create_app
 from gateway.ingress import Ingress
 from gateway.intake import Intake, IntakePorts
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
+from governance.postgres import AsyncEngine
 from governance.postgres import engine as pg
 from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.deadletters import PostgresDeadLetters
@@ -102,6 +111,20 @@ async def check_eviction(state_store: RedisStateStore) -> None:
         raise StateStoreError(
             f"Redis evicts ({policy}): set 'maxmemory-policy noeviction', since evicted state is lost"
         )
+
+
+def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any, None]:
+    """The work of a role: gateway, ingress, worker STAGE, or sink audit|metrics|parking. Raises SettingsError."""
+    match role, which:
+        case "gateway", None:
+            return run_gateway(settings)
+        case "ingress", None:
+            return run_ingress(settings)
+        case "worker", str(stage) if stage in STAGES:
+            return run_worker(settings, Stage(stage))
+        case "sink", "audit" | "metrics" | "parking":
+            return run_sink(settings, str(which))
+    raise SettingsError(f"there is no role {role} {which or ''}: see riskfleet --help")
 
 
 async def run_worker(settings: Settings, stage: Stage) -> None:

@@ -23,6 +23,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+__all__ = ["CollectorRegistry", "HealthDoor", "HealthReport", "health_app", "health_routes", "serve"]
+
 log = structlog.get_logger(__name__)
 
 CHECK_SECONDS = 5.0

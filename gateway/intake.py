@@ -8,7 +8,6 @@ submission with the same identity is always safe. Nothing here authenticates or 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
@@ -26,11 +25,23 @@ from contracts.failures import (
 from contracts.lifecycle import Status
 from contracts.messages import stage_message
 from contracts.outcomes import STATUS_OF, Outcome
-from contracts.ports import Clock, Confirm, DecisionRow, Ids, Ledger, Publisher, Reserved, StateStore, Telemetry
+from contracts.ports import (
+    Clock,
+    Confirm,
+    DecisionRow,
+    Ids,
+    Ledger,
+    Publisher,
+    Reservation,
+    Reserved,
+    StateStore,
+    Telemetry,
+)
 from contracts.state import begin
 from contracts.telemetry import REQUEST_SECONDS, REQUESTS, Correlation, Measurement, bind_correlation
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage
+from gateway.gathering import Gathered
 from gateway.parsing import parse_json
 from gateway.refusals import RefusalLog
 
@@ -118,6 +129,8 @@ class Intake:
         self._ports = ports
         self._refusals = refusals
         self._partitions = partitions
+        self._reservations: Gathered[Entry, Reservation] = Gathered(ports.state_store.reserve)
+        self._decisions: Gathered[tuple[TenantScope, str], DecisionRow | None] = Gathered(ports.ledger.decisions)
 
     async def admit(self, submission: Submission) -> Admission | Refusal:
         """Accept one event durably, or say why not. Raises nothing of ours: a RiskfleetError becomes a Refusal."""
@@ -187,7 +200,7 @@ class Intake:
             traceparent=correlation.traceparent,
         )
         entry = entry_of(state, Stage.RETRIEVAL, submission.reply_to)
-        (reservation,) = await self._ports.state_store.reserve((entry,))
+        reservation = await self._reservations.one(entry)
         if reservation.verdict is Reserved.CONFLICT:
             raise IdempotencyConflictError
         admission = Admission(
@@ -207,8 +220,7 @@ class Intake:
         return admission
 
     async def _repeat(self, scope: TenantScope, body_digest: str, admission: Admission) -> Admission:
-        rows: Sequence[DecisionRow | None] = await self._ports.ledger.decisions(((scope, admission.event_id),))
-        row = rows[0]
+        row = await self._decisions.one((scope, admission.event_id))
         if row is None:
             return admission
         if row.body_digest != body_digest:  # Redis forgot who owns the identity; PostgreSQL did not

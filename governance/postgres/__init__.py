@@ -4,6 +4,8 @@ Promises: every transaction sees exactly the tenants that it was opened for, row
 everywhere, and every failure of the server arrives as a DatabaseError. Makes no table: `deploy.migrations` does.
 """
 
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from governance.postgres.audit import AuditReport, PostgresAuditLog
 from governance.postgres.deadletters import PostgresDeadLetters
 from governance.postgres.directory import (
@@ -28,6 +30,7 @@ from governance.postgres.registry import PostgresRegistry
 from governance.postgres.reports import Counts, EventSummary, LetterSummary, counts, event_summary
 
 __all__ = [
+    "AsyncEngine",
     "AuditReport",
     "Counts",
     "EventSummary",

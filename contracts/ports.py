@@ -304,7 +304,7 @@ class Registry(Protocol):
         ...
 
     async def artifacts(self, pins: Sequence[Pin]) -> Sequence[Artifact]:
-        """Content by digest. Raises InvalidModelStateError when it does not match, ModelNotApprovedError when absent."""
+        """Content by digest. Raises InvalidModelStateError on a mismatch, ModelNotApprovedError when absent."""
         ...
 
 

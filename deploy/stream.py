@@ -84,8 +84,13 @@ async def submit_amqp(
 ) -> None:
     """Publish events to the ingest exchange as the tenant's broker user, each until it is confirmed."""
     publisher = RabbitPublisher(url, name=f"upstream-{tenant}")
-    await publisher.start()
     try:
+        async for attempt in _patiently():
+            with attempt:
+                try:
+                    await publisher.start()
+                except MessagingFailureError as error:
+                    raise ConnectionError(error.detail) from error
         for start in range(0, len(events), _CONCURRENCY):
             pending = [
                 Message(

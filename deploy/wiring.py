@@ -56,6 +56,7 @@ log = structlog.get_logger("role")
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
+_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S = 512, 256, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +219,8 @@ async def _flush_forever(refusals: RefusalLog) -> None:
             await refusals.flush()
 
 
-def _consumer(k: Kit, queues: Sequence[str], handler: Handler) -> RabbitConsumer:
-    policy = ConsumerPolicy(k.settings.prefetch, k.settings.group)
+def _consumer(k: Kit, queues: Sequence[str], handler: Handler, policy: ConsumerPolicy | None = None) -> RabbitConsumer:
+    policy = policy or ConsumerPolicy(k.settings.prefetch, k.settings.group)
     return RabbitConsumer(k.settings.need("rabbitmq_url"), queues, handler, k.probe, policy)
 
 
@@ -228,7 +229,8 @@ async def _consume(
 ) -> None:
     """Beat, consume and answer health until told to stop; then finish the group in hand."""
     await k.state_store.beat()
-    consumer = _consumer(k, queues, handler)
+    sink = ConsumerPolicy(_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S) if role.startswith("sink-") else None
+    consumer = _consumer(k, queues, handler, sink)
     stop = _stop_signal()
     await consumer.start()
     log.info("role.ready", role=role, count=len(queues))

@@ -111,14 +111,15 @@ class IntakePorts:
 
 
 def correlation_of(correlation_id: str | None, traceparent: str | None, ids: Ids) -> Correlation:
-    """What a sender's ids become: a correlation id is taken when it is usable, else made; a traceparent is only taken.
+    """What a sender's ids become: each is taken when it is usable, else made.
 
     Usable: 1–128 printable ASCII characters, and the W3C Trace Context pattern.
     """
     usable = correlation_id is not None and _CORRELATION_ID.fullmatch(correlation_id)
     traced = traceparent is not None and _TRACEPARENT.fullmatch(traceparent)
     return Correlation(
-        correlation_id=correlation_id if usable else ids.uuid7(), traceparent=traceparent if traced else None
+        correlation_id=correlation_id if usable else ids.uuid7(),
+        traceparent=traceparent if traced else f"00-{ids.token()}-{ids.token()[-16:]}-01",
     )
 
 

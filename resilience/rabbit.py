@@ -136,10 +136,14 @@ class PausePolicy:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerPolicy:
-    """How much a consumer holds: unacked messages per queue, and the largest group given to its handler."""
+    """How much a consumer holds: unacked messages per queue, and the largest group given to its handler.
+
+    `linger_s` is for sinks only: nobody waits for a record, so a group may gather for a moment and cost one commit.
+    """
 
     prefetch: int = 128
     group: int = 64
+    linger_s: float = 0.0
     pause: PausePolicy = field(default_factory=PausePolicy)
 
 
@@ -261,6 +265,8 @@ class RabbitConsumer:
             taker.cancel()
             return []
         group = [taker.result()]
+        if self._policy.linger_s and self._waiting.qsize() < self._policy.group:
+            await asyncio.sleep(self._policy.linger_s)
         while len(group) < self._policy.group and not self._waiting.empty():
             group.append(self._waiting.get_nowait())
         return [held for held in group if _is_current(held)]

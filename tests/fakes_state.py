@@ -73,13 +73,21 @@ class StateWorld:
 
 @dataclass
 class TwinStateStore:
-    """One process's StateStore on a world; `dead` = the process is gone, `down` = the server is."""
+    """One process's StateStore on a world; `dead` = the process is gone, `down` = the server is.
+
+    `fuse` = the process dies before it can give a lock back.
+    """
 
     world: StateWorld
     boot: str = "boot-1"
     lease_ms: int = 10_000
     dead: bool = False
     down: bool = False
+    fuse: bool = False
+
+    def kill(self) -> None:
+        self.dead = True
+        self.world.beats.discard(self.boot)
 
     def _check(self) -> None:
         if self.dead:
@@ -149,6 +157,8 @@ class TwinStateStore:
         return (cell.last, cell.version, cell.digest) == (m.token, m.version, m.digest)
 
     async def release(self, held: Sequence[Held]) -> None:
+        if held and self.fuse:
+            self.kill()
         if held:
             self._check()
         for h in held:
@@ -255,7 +265,9 @@ class DefaultsRegistry:
         names = {"model": "model-base", "guardrail": "guardrail-base", "risk": "policy-risk"}
         names |= {"compliance": "policy-compliance"}
         self.pins = {kind: Pin(name=name, version=1, digest=name) for kind, name in names.items()}
-        self.content = {name: json.loads((DEFAULTS / f"{name}.json").read_text()) for name in names.values()}
+        self.content = {
+            name: json.loads((DEFAULTS / f"{name}.json").read_text())["content"] for name in names.values()
+        }
         self.errors: list[BaseException] = []
 
     async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:

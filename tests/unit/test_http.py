@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -275,10 +276,11 @@ async def test_unknown_paths_and_methods_are_problem_documents(client: httpx.Asy
     assert response.headers["allow"] == "POST"
 
 
-async def test_a_traceparent_is_echoed_when_it_is_one(client: httpx.AsyncClient) -> None:
+async def test_a_traceparent_is_taken_when_it_is_one_and_made_otherwise(client: httpx.AsyncClient) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     assert (await client.get("/health", headers={"traceparent": trace})).headers["traceparent"] == trace
-    assert "traceparent" not in (await client.get("/health", headers={"traceparent": "x"})).headers
+    made = (await client.get("/health", headers={"traceparent": "x"})).headers["traceparent"]
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", made)
 
 
 async def test_a_defect_is_a_500_document_without_its_text(client: httpx.AsyncClient, parts: DoorParts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -235,7 +236,9 @@ def test_a_correlation_id_is_taken_when_usable_and_else_made(sent: str | None, t
     ],
 )
 def test_a_traceparent_is_taken_only_when_it_follows_w3c(sent: str, taken: bool) -> None:
-    assert correlation_of(None, sent, CountingIds()).traceparent == (sent if taken else None)
+    carried = correlation_of(None, sent, CountingIds()).traceparent
+    assert (carried == sent) == taken
+    assert carried is not None and re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", carried)
 
 
 async def test_refusals_become_one_audit_record_per_tenant_problem_and_second() -> None:
@@ -296,14 +299,14 @@ def test_no_refusal_is_counted_twice_or_lost_whatever_the_clock_does(
 fields: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {},
     optional={
-        "id": st.text(max_size=5) | st.integers() | st.none(),
+        "id": st.text(max_size=5) | st.integers(-(2**63), 2**63 - 1) | st.none(),
         "kind": st.sampled_from(["risk", "compliance", "label", "", 1]),
         "type": st.sampled_from(["login", "A", 5]),
         "occurred_at": st.sampled_from(["2026-01-31T11:59:59Z", "2026-01-31T11:59:59", "9999-99-99T00:00:00Z", 3]),
         "subject": st.sampled_from([{"type": "c", "id": "1"}, {"type": "c"}, [], None]),
         "attributes": st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.floats() | st.lists(st.none())),
-        "regulatory_flags": st.just([]) | st.just([{"code": "x", "level": "high"}]) | st.integers(),
-        "risk_score": st.floats() | st.integers(),
+        "regulatory_flags": st.just([]) | st.just([{"code": "x", "level": "high"}]) | st.integers(-(2**63), 2**63 - 1),
+        "risk_score": st.floats() | st.integers(-(2**63), 2**63 - 1),
         "amount": st.sampled_from([{"value": "1e5", "currency": "EUR"}, {"value": "1.5", "currency": "EUR"}, 7]),
         "tenant_id": st.sampled_from(["acme", "globex", 7]),
         "metadata": st.just({"a": 1}) | st.text(max_size=3),

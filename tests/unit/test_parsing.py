@@ -141,10 +141,10 @@ def test_the_size_limit_is_on_bytes_and_exact() -> None:
     ],
 )
 def test_no_body_of_64_kib_costs_more_than_linear_time(body: bytes) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with contextlib.suppress(RiskfleetError):
         parse_json(body)
-    assert time.perf_counter() - started < 0.25
+    assert time.process_time() - started < 0.25
 
 
 characters = st.characters(codec="utf-8", exclude_characters="\0")

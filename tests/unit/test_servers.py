@@ -123,8 +123,8 @@ def test_the_compose_file_runs_every_role_with_a_health_check() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     services = compose["services"]
     commands = {" ".join(s.get("command", [])) for s in services.values() if "riskfleet" in s["image"]}
-    stages = {f"worker {stage}" for stage in ("ingress", "retrieval", "scoring", "guardrail", "decision")}
-    assert commands >= {"gateway", "sink audit", "sink metrics", "sink parking"} | stages
+    stages = {f"worker {stage}" for stage in ("retrieval", "scoring", "guardrail", "decision")}
+    assert commands >= {"gateway", "ingress", "sink audit", "sink metrics", "sink parking"} | stages
     for name, service in services.items():
         assert "healthcheck" in service, name
         for source in (str(v).split(":")[0] for v in service.get("volumes", [])):

@@ -238,7 +238,8 @@ def test_a_correlation_id_is_taken_when_usable_and_else_made(sent: str | None, t
 def test_a_traceparent_is_taken_only_when_it_follows_w3c(sent: str, taken: bool) -> None:
     carried = correlation_of(None, sent, CountingIds()).traceparent
     assert (carried == sent) == taken
-    assert carried is not None and re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", carried)
+    assert carried is not None
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", carried)
 
 
 async def test_refusals_become_one_audit_record_per_tenant_problem_and_second() -> None:

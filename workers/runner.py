@@ -122,12 +122,16 @@ class _Claimed:
 
 @dataclass(slots=True)
 class _Wave:
-    """What one pass over some entries has gathered to publish, and the locks that it holds."""
+    """What one pass over some entries has gathered to publish, and the locks that it holds.
+
+    `lost` their lock on the way; `waiting` = on the ladder, until another's lock ends.
+    """
 
     messages: list[Message] = field(default_factory=list)
     records: list[AuditRecord] = field(default_factory=list)
     held: dict[tuple[str, str], Held] = field(default_factory=dict)
     lost: list[Entry] = field(default_factory=list)
+    waiting: list[Entry] = field(default_factory=list)
 
     def let_go(self, held: Held) -> None:
         self.held.pop((held.scope.tenant_id, held.event_id), None)
@@ -160,7 +164,7 @@ class StageRunner:
                     together += entries
             await self._publish(wave)
             for group in _without_twins(together):
-                await self._run(group)
+                await self._isolated(group)
             for entry in alone:
                 await self._run_alone(entry)
         except InfrastructureError as error:
@@ -216,31 +220,56 @@ class StageRunner:
         """One suspect at a time in this process; parked undecoded once too many of its holders died."""
         store, h = self._ports.state_store, entry.header
         deaths = await store.begin_alone(h.scope, h.event, self._stage)
+        settled = True
         if deaths >= self._policy.suspect_deaths:
             wave = _Wave()
             error = InvalidWorkflowStateError(f"{deaths} processes died while they ran this entry alone")
             self._park(park(entry, error, self._now()), wave)
             await self._publish(wave)
         else:
-            await self._run([entry])
-        await store.end_alone(h.scope, h.event, self._stage)
+            settled = await self._isolated([entry])
+        if settled:  # an entry that waits for its dead holder's lease must not lose its count
+            await store.end_alone(h.scope, h.event, self._stage)
 
     # --- a group of entries, no two of one event ------------------------------------------------------
 
-    async def _run(self, entries: Sequence[Entry]) -> None:
-        """Bring each entry to its settlement; one whose lock was taken over is claimed again."""
+    async def _isolated(self, entries: Sequence[Entry]) -> bool:
+        """Run a group; when it fails as a whole, run each entry alone, so that one holds up no other."""
+        try:
+            return await self._run(entries)
+        except InfrastructureError:
+            raise
+        except Exception as error:  # noqa: BLE001 - isolated below
+            if len(entries) == 1:
+                wave = _Wave()
+                self._fail(entries[0], error, wave)
+                await self._publish(wave)
+                return True
+        return all([await self._isolated([entry]) for entry in entries])
+
+    async def _run(self, entries: Sequence[Entry]) -> bool:
+        """Bring each entry to its settlement; one whose lock was taken over is claimed again.
+
+        False when an entry went to the ladder because another process holds it.
+        """
         left: Sequence[Entry] = entries
+        settled = True
         for _ in range(self._policy.claim_rounds):
             if not left:
-                return
-            left = await self._pass(left)
+                return settled
+            wave = await self._pass(left)
+            settled = settled and not wave.waiting
+            left = wave.lost
+        if not left:
+            return settled
         wave = _Wave()
         for entry in left:
             wave.messages.append(ladder_message(entry, self._policy.retry.waits_ms[0], self._partitions))
         await self._publish(wave)
+        return False
 
-    async def _pass(self, entries: Sequence[Entry]) -> list[Entry]:
-        """One pass: claim … publish. Answers the entries that lost their lock on the way."""
+    async def _pass(self, entries: Sequence[Entry]) -> _Wave:
+        """One pass: claim … publish. Answers its wave, which names the entries that lost their lock or wait."""
         wave = _Wave()
         try:
             claimable = await self._own_identities(entries, wave) if self._stage is Stage.RETRIEVAL else entries
@@ -253,7 +282,7 @@ class StageRunner:
         finally:
             await self._ports.state_store.release(list(wave.held.values()))
         await self._publish(wave)
-        return wave.lost
+        return wave
 
     async def _own_identities(self, entries: Sequence[Entry], wave: _Wave) -> list[Entry]:
         """PostgreSQL says who owns each identity, before anything is claimed: Redis may have forgotten."""
@@ -311,6 +340,7 @@ class StageRunner:
             return None
         if claim.verdict is ClaimVerdict.LOCKED:
             wave.messages.append(ladder_message(entry, claim.lease_ms, self._partitions))
+            wave.waiting.append(entry)
             self._measure(LOCK_WAITS, stage=self._stage)
             return None
         if claim.stored is None:

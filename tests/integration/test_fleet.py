@@ -41,7 +41,9 @@ SEED = 20260131
 
 
 @pytest.fixture(scope="module")
-def fleet(servers: ServerUrls, native_servers: NativeServers | None) -> Iterator[RunningFleet]:
+def fleet(
+    request: pytest.FixtureRequest, servers: ServerUrls, native_servers: NativeServers | None
+) -> Iterator[RunningFleet]:
     """The fleet of this module, with two tenants whose names nobody had before."""
     directory = Path(tempfile.mkdtemp(prefix="riskfleet-fleet-"))
     settings = local.with_servers(Settings(environment="test", http_port=free_port(), data_dir=directory), servers)
@@ -71,7 +73,10 @@ def fleet(servers: ServerUrls, native_servers: NativeServers | None) -> Iterator
         show("the supervisor said:", *said)
     assert [line for line in said if "did not drain" in line] == []
     assert [pid for pid in pids.values() if identify(pid) is not None] == []
-    shutil.rmtree(directory, ignore_errors=True)
+    if request.session.testsfailed:
+        show("the logs stay in", directory / "logs")
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 class Upstream:

@@ -65,9 +65,17 @@ def roles(health_base: int) -> list[RoleSpec]:
         *((f"sink-{name}", ("sink", name)) for name in ("parking", "audit", "metrics")),
     ]
     return [
-        RoleSpec(name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), i, 15.0)
+        RoleSpec(name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), _order(name), 15.0)
         for i, (name, argv) in enumerate(named)
     ]
+
+
+def _order(role: str) -> int:
+    """Doors first, then stages in pipeline order, then sinks together: what is handed on finds somebody to take it."""
+    stages = [str(stage) for stage in STAGES]
+    if role in stages:
+        return 1 + stages.index(role)
+    return len(stages) + 1 if role.startswith("sink-") else 0
 
 
 def up(settings: Settings, *, demo: bool, oneshot: bool, health_base: int = 9100) -> int:

@@ -10,6 +10,7 @@ acked, and after `PausePolicy.return_after_s` the deliveries go back to the brok
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,7 @@ Handler = Callable[[Sequence[Delivery]], Awaitable[Sequence[Settlement]]]
 Probe = Callable[[], Awaitable[None]]
 
 _CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
+_START_S = 15.0
 
 
 class RabbitPublisher:
@@ -57,8 +59,7 @@ class RabbitPublisher:
                 self._connection = await aio_pika.connect_robust(
                     self._url, reconnect_interval=0.5, client_properties={"connection_name": self._name}
                 )
-                self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-                self._loose = await self._connection.channel(publisher_confirms=False)
+                await self._open_channels(self._connection)
         except _CLIENT_ERRORS as error:
             raise MessagingFailureError(
                 f"RabbitMQ does not answer ({type(error).__name__}); is it up, and is RABBITMQ_URL right?"
@@ -115,9 +116,27 @@ class RabbitPublisher:
         return Confirm.UNKNOWN
 
     async def ping(self) -> None:
-        """Raises MessagingFailureError unless the publishing channel is open."""
-        if self._connection is None or self._channel is None or not self._connection.connected.is_set():
-            raise MessagingFailureError("the connection to RabbitMQ is down")
+        """Publish a message that nobody receives and await its confirm. Raises MessagingFailureError.
+
+        A channel that its connection did not restore is replaced, so that the next ping finds it open.
+        """
+        nobody = Message("", "risk.ping", b"", f"ping:{self._name}:{id(self)}", persistent=False, mandatory=False)
+        if await self._publish(nobody) is Confirm.CONFIRMED:
+            return
+        connection = self._connection
+        if connection is not None and connection.connected.is_set():
+            with contextlib.suppress(*_CLIENT_ERRORS):
+                async with asyncio.timeout(self._timeout_s):
+                    await self._open_channels(connection)
+        raise MessagingFailureError("RabbitMQ did not confirm a message")
+
+    async def _open_channels(self, connection: aio_pika.abc.AbstractRobustConnection) -> None:
+        old = (self._channel, self._loose)
+        self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        self._loose = await connection.channel(publisher_confirms=False)
+        for channel in old:
+            if channel is not None and not channel.is_closed:
+                await channel.close()
 
     async def close(self) -> None:
         """Close the connection."""
@@ -167,6 +186,8 @@ class RabbitConsumer:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._broker: RabbitBroker | None = None
         self._loop: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
         self._stopping = asyncio.Event()
         self.paused_reason: str | None = None
 
@@ -174,8 +195,13 @@ class RabbitConsumer:
         """Connect, subscribe and begin to work. Raises MessagingFailureError when the broker does not answer."""
         await self._subscribe()
         self._loop = asyncio.create_task(self._work(), name="consumer")
+        self._watcher = asyncio.create_task(self._watch(), name="consumer-watch")
 
     async def _subscribe(self) -> None:
+        def lost(*_: object) -> None:
+            if self._broker is broker:
+                self._lost.set()
+
         broker = RabbitBroker(
             self._url,
             graceful_timeout=5.0,
@@ -184,16 +210,36 @@ class RabbitConsumer:
             logger=None,
             log_level=logging.DEBUG,
             reconnect_interval=0.5,
+            on_close=[lost],
         )
         for queue in self._queues:
             self._attach(broker, queue)
         try:
-            await broker.start()
-        except (*_CLIENT_ERRORS, aio_pika.exceptions.AMQPException) as error:
+            async with asyncio.timeout(_START_S):
+                await broker.start()
+        except _CLIENT_ERRORS as error:
+            await _close(broker)
             raise MessagingFailureError(
                 f"cannot consume ({type(error).__name__}); is RabbitMQ up, and was 'riskfleet topology apply' run?"
             ) from error
         self._broker = broker
+
+    async def _watch(self) -> None:
+        """After a lost connection subscribe afresh: the client's own restoring may leave queues without a consumer."""
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            self.paused_reason = "the connection to RabbitMQ was lost"
+            log.warning("consumer.lost", count=len(self._queues))
+            await self._give_back()
+            wait = self._policy.pause.first_probe_s
+            while self._broker is None:
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, self._policy.pause.longest_probe_s)
+                with contextlib.suppress(MessagingFailureError):
+                    await self._subscribe()
+            self.paused_reason = None
+            log.info("consumer.subscribed", count=len(self._queues))
 
     def _attach(self, broker: RabbitBroker, queue: str) -> Any:
         async def receive(_body: bytes) -> None:
@@ -213,12 +259,16 @@ class RabbitConsumer:
         return subscriber
 
     async def add_queue(self, queue: str) -> None:
-        """Consume one more queue of the running consumer."""
-        if queue in self._queues:
+        """Consume one more queue of the running consumer. Raises MessagingFailureError; call it again then."""
+        broker = self._broker
+        if queue in self._queues or broker is None:
             return
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._attach(broker, queue).start()
+        except _CLIENT_ERRORS as error:
+            raise MessagingFailureError(f"cannot consume {queue} yet ({type(error).__name__})") from error
         self._queues.append(queue)
-        if self._broker is not None:
-            await self._attach(self._broker, queue).start()
 
     def _delivery(self, queue: str, message: RabbitMessage) -> Delivery:
         raw = message.raw_message
@@ -293,7 +343,7 @@ class RabbitConsumer:
             wait = min(wait * 2, self._policy.pause.longest_probe_s)
             try:
                 await self._probe()
-                if returned:
+                if returned and self._broker is None:
                     await self._subscribe()
                 break
             except InfrastructureError as error:
@@ -309,18 +359,28 @@ class RabbitConsumer:
         """Closing the connection returns every unacked delivery, uncounted as an attempt."""
         broker, self._broker = self._broker, None
         if broker is not None:
-            await broker.stop()
+            await _close(broker)
         while not self._waiting.empty():
             self._waiting.get_nowait()
 
     async def stop(self) -> None:
         """Finish the group in hand, then close; what was not worked on goes back to the broker."""
         self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=10)
             self._loop.cancel()
-        if self._broker is not None:
-            await self._broker.stop()
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            await _close(broker)
+
+
+async def _close(broker: RabbitBroker) -> None:
+    """Close a broker's connection; one that is gone already may answer with any error, or never."""
+    with contextlib.suppress(*_CLIENT_ERRORS):
+        async with asyncio.timeout(_START_S):
+            await broker.stop()
 
 
 def _is_current(held: _Held) -> bool:

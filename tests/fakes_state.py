@@ -169,7 +169,7 @@ class TwinStateStore:
     async def peek(self, keys: Sequence[Key]) -> Sequence[Peek | None]:
         self._check()
         cells = [self.world.cells.get(key) for key in keys]
-        return [c and Peek(c.version, "", c.body_digest, c.stored, c.holder) for c in cells]
+        return [None if c is None else Peek(c.version, "", c.body_digest, c.stored, c.holder) for c in cells]
 
     async def beat(self) -> None:
         self._check()
@@ -265,9 +265,7 @@ class DefaultsRegistry:
         names = {"model": "model-base", "guardrail": "guardrail-base", "risk": "policy-risk"}
         names |= {"compliance": "policy-compliance"}
         self.pins = {kind: Pin(name=name, version=1, digest=name) for kind, name in names.items()}
-        self.content = {
-            name: json.loads((DEFAULTS / f"{name}.json").read_text())["content"] for name in names.values()
-        }
+        self.content = {name: json.loads((DEFAULTS / f"{name}.json").read_text())["content"] for name in names.values()}
         self.errors: list[BaseException] = []
 
     async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:

@@ -67,8 +67,8 @@ async def test_nothing_is_absent_until_install_is_allowed(stores: StateStores, s
     for one in await claim(store, some, install=False):
         assert (one.verdict, one.stored, one.owes_trail) == (ClaimVerdict.ABSENT, None, False)
     assert await store.peek([(e.header.scope, e.header.event) for e in some]) == [None] * size
-    for one, got in zip(some, await claim(store, some), strict=True):
-        assert (got.verdict, got.version, got.stored) == (ClaimVerdict.INSTALLED, 1, one.body)
+    for message, got in zip(some, await claim(store, some), strict=True):
+        assert (got.verdict, got.version, got.stored) == (ClaimVerdict.INSTALLED, 1, message.body)
         assert (got.owes_trail, got.token) == (True, MINE)
 
 
@@ -152,8 +152,7 @@ async def test_a_repeated_claim_finds_its_own_lock(stores: StateStores, size: in
         assert again.verdict in (ClaimVerdict.GO, ClaimVerdict.INSTALLED)
         assert replace(again, verdict=first.verdict) == first
     fresh = entries(size, 0, body="fresh")
-    wiped = await stores.wipe()
-    del wiped
+    await stores.wipe()
     await store.reserve(fresh)
     assert await claim(store, fresh) == await claim(store, fresh)
 
@@ -211,6 +210,7 @@ async def test_advance_needs_my_lock_and_the_expected_version(stores: StateStore
     assert await advance(store, entries(size, digest="other")) == {False}
     assert await advance(store, some) == {True}
     assert await advance(store, some) == {True}  # repeated after a lost reply
+    assert set(await store.advance([replace(move(one), digest="sibling") for one in some])) == {False}
     assert await advance(store, some, OTHER) == {False}
 
 

@@ -20,7 +20,7 @@ from contracts.events import parse_event
 from contracts.failures import InvalidWorkflowStateError, ModelNotApprovedError, StateStoreError
 from contracts.lifecycle import Status
 from contracts.messages import stage_message
-from contracts.ports import DecisionRow, Delivery
+from contracts.ports import Advance, DecisionRow, Delivery
 from contracts.settlement import Ack, Pause, Settlement, letter_from
 from contracts.state import EventState, begin
 from contracts.tenancy import TenantScope
@@ -558,6 +558,47 @@ async def test_one_event_twice_in_a_group_settles_twice_and_decides_once(stage: 
     await fleet.drain()
     fleet.check_settled()
     assert len(fleet.ledger.rows) == 1
+
+
+async def test_two_bodies_of_one_event_in_a_group_settle_each_as_its_own() -> None:
+    fleet = Fleet()
+    owner, newcomer = new_state(), new_state(amount={"value": "99999.00", "currency": "EUR"})
+    carrier = encode_carrier([entry_of(owner, RETRIEVAL), entry_of(newcomer, RETRIEVAL)])
+    assert await fleet.worker.deliver(RETRIEVAL, carrier) == Ack()
+    assert [entry_in(m.body).body for m in fleet.broker.parked()] == [newcomer.to_bytes()]
+    await fleet.drain()
+    assert fleet.check_settled().body_digest == owner.body_digest
+
+
+@pytest.mark.parametrize("stage", [RETRIEVAL, SCORING, GUARDRAIL])
+@pytest.mark.parametrize("flushed", [True, False])
+async def test_who_lost_the_lock_sends_only_what_is_stored(
+    stage: Stage, flushed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paused beyond its lease, or across a FLUSHALL: its own version goes nowhere."""
+    fleet = Fleet()
+    body = await fleet.to(stage)
+    late, early = fleet.start(), fleet.start()
+    advance = late.store.advance
+    overtaken: list[bool] = []
+
+    async def pause_first(moves: Sequence[Advance]) -> Sequence[bool]:
+        if not overtaken:
+            overtaken.append(True)
+            fleet.step(11)
+            if flushed:
+                fleet.world.flush()
+            assert await early.deliver(stage, body) == Ack()
+        return await advance(moves)
+
+    monkeypatch.setattr(late.store, "advance", pause_first)
+    fleet.broker.messages.clear()
+    assert await late.deliver(stage, body) == Ack()
+    assert fleet.telemetry.count("riskfleet_stale_writes_refused_total") == 1
+    sent = {entry_in(m.body).header.digest for m in fleet.broker.to_stage(STAGES[STAGES.index(stage) + 1])}
+    assert sent == {fleet.world.cells[ACME, EVENT].digest}
+    await fleet.drain()
+    fleet.check_settled()
 
 
 async def test_a_sibling_goes_on_with_what_is_stored() -> None:

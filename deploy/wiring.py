@@ -188,7 +188,7 @@ async def run_ingress(settings: Settings) -> None:
         consumer = _consumer(k, [UNROUTED], ingress.handle)
         stop = _stop_signal()
         await consumer.start()
-        async with _background(k, stop, _flush_forever(refusals), _discover(consumer, directory)):
+        async with _background(k, stop, _flush_forever(refusals), _discover(consumer, directory), consumer.join()):
             door = _health(k, CollectorRegistry(), lambda: consumer.paused_reason)
             await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
         await consumer.stop()
@@ -234,7 +234,7 @@ async def _consume(
     stop = _stop_signal()
     await consumer.start()
     log.info("role.ready", role=role, count=len(queues))
-    async with _background(k, stop):
+    async with _background(k, stop, consumer.join()):
         door = _health(k, registry or CollectorRegistry(), lambda: consumer.paused_reason)
         await serve(health_app(door), k.settings.health_host, k.settings.health_port, stop=stop)
     await consumer.stop()

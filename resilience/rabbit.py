@@ -363,6 +363,13 @@ class RabbitConsumer:
         while not self._waiting.empty():
             self._waiting.get_nowait()
 
+    async def join(self) -> None:
+        """Runs as long as the consumer does; raises what ended it, so that a role never looks alive while it is not."""
+        if self._loop is not None and self._watcher is not None:
+            done, _ = await asyncio.wait({self._loop, self._watcher}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
     async def stop(self) -> None:
         """Finish the group in hand, then close; what was not worked on goes back to the broker."""
         self._stopping.set()
@@ -385,8 +392,10 @@ async def _close(broker: RabbitBroker) -> None:
 
 def _is_current(held: _Held) -> bool:
     """False for a delivery whose channel is gone: the broker gives it again."""
-    channel = held.message.raw_message.channel
-    return not channel.is_closed
+    try:
+        return not held.message.raw_message.channel.is_closed
+    except _CLIENT_ERRORS:  # asking a closed channel for anything raises
+        return False
 
 
 async def _ack(held: _Held) -> None:

@@ -15,6 +15,7 @@ from contracts.failures import InvalidTenantError
 
 VIRTUAL_SLOTS = 4096
 _TENANT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_RESERVED = frozenset({"unrouted"})  # its ingest queue is everybody's: risk.ingest.unrouted
 _MASK64 = (1 << 64) - 1
 
 
@@ -52,6 +53,8 @@ class TenantScope:
     def __post_init__(self) -> None:
         if not _TENANT_ID.fullmatch(self.tenant_id):
             raise InvalidTenantError("a tenant id has 1 to 63 of a-z, 0-9 and '-', and does not start with '-'")
+        if self.tenant_id in _RESERVED:
+            raise InvalidTenantError(f"the tenant id {self.tenant_id} is reserved; choose another")
 
     @property
     def slot(self) -> int:

@@ -152,15 +152,19 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
             Binding(UNROUTED, UNROUTED, ""),
         ),
         policies=(
-            *(_stage_policy(stage, queue_bytes) for stage in STAGES),
-            Policy("rf-audit", rf"^risk\.{VERSION}\.audit\.", _bounded(queue_bytes)),
+            *(
+                Policy(f"rf-{stage}", rf"^risk\.{VERSION}\.{stage}\.", _netted(queue_bytes, stage, 20))
+                for stage in STAGES
+            ),
+            Policy("rf-audit", rf"^risk\.{VERSION}\.audit\.", _netted(queue_bytes, "audit", 20)),
             *(
                 Policy(f"rf-retry-{name}", rf"^risk\.{VERSION}\.retry\.{name}$", _rung(ttl, queue_bytes))
                 for name, ttl in RUNGS
             ),
             Policy("rf-parked", rf"^risk\.{VERSION}\.parked\.", {"overflow": "reject-publish"}),
             Policy("rf-metrics", rf"^risk\.{VERSION}\.metrics$", {"max-length": 100_000, "overflow": "drop-head"}),
-            Policy("rf-ingest", r"^risk\.ingest\.", _bounded(queue_bytes // 4)),
+            # The ingress parks by itself after 20 deliveries; the broker's limit stands behind that.
+            Policy("rf-ingest", r"^risk\.ingest\.", _netted(queue_bytes // 4, "ingress", 40)),
             Policy("rf-upstream", r"^up\.", {"max-length-bytes": queue_bytes // 4, "overflow": "drop-head"}),
         ),
     )
@@ -170,15 +174,14 @@ def _bounded(limit: int) -> dict[str, Any]:
     return {"max-length-bytes": limit, "overflow": "reject-publish"}
 
 
-def _stage_policy(stage: Stage, limit: int) -> Policy:
-    """`delivery-limit` is the last net: what comes back 20 times goes to the parked queue, never to the ladder."""
-    definition = _bounded(limit) | {
-        "delivery-limit": 20,
+def _netted(limit: int, source: str, deliveries: int) -> dict[str, Any]:
+    """The last net: what comes back that often goes to the parked queue, never to the ladder and never lost."""
+    return _bounded(limit) | {
+        "delivery-limit": deliveries,
         "dead-letter-exchange": WORK,
-        "dead-letter-routing-key": parked_queue(stage),
+        "dead-letter-routing-key": parked_queue(source),
         "dead-letter-strategy": "at-least-once",
     }
-    return Policy(f"rf-{stage}", rf"^risk\.{VERSION}\.{stage}\.", definition)
 
 
 def _rung(ttl_ms: int, limit: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import structlog
 
-from contracts.codec import Entry, decode_carrier, entry_of, state_from_bytes
+from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of, state_from_bytes
 from contracts.failures import (
     DatabaseError,
     IdempotencyConflictError,
@@ -186,20 +186,21 @@ class StageRunner:
             if isinstance(item, UndecodableEntryError):
                 self._park(park_bytes(delivery.body, self._stage, item, now), wave)
                 continue
-            problem = self._misfit(item)
+            problem = self._misfit(item, now)
             if problem is None:
                 entries.append(item)
             else:
-                self._park(park_bytes(item.body, self._stage, problem, now), wave)
+                self._park(problem, wave)
         return entries
 
-    def _misfit(self, entry: Entry) -> RiskfleetError | None:
+    def _misfit(self, entry: Entry, now: str) -> Park | None:
+        """The dead letter of an entry that this stage cannot hold; without a valid tenant it is nobody's."""
         try:
             entry.header.scope  # noqa: B018 - validates the tenant id
-            if entry.header.stage != self._stage or entry.header.n != STAGES.index(self._stage):
-                return InvalidWorkflowStateError("the entry is addressed to another stage")
         except RiskfleetError as error:
-            return error
+            return park_bytes(encode_carrier((entry,)), self._stage, error, now)
+        if entry.header.stage != self._stage or entry.header.n != STAGES.index(self._stage):
+            return park(entry, InvalidWorkflowStateError("the entry is addressed to another stage"), now)
         return None
 
     async def _triage(self, entries: list[Entry], wave: _Wave) -> list[Entry]:
@@ -487,10 +488,13 @@ class StageRunner:
 
     def _decode(self, entry: Entry, stored: bytes, wave: _Wave) -> EventState | None:
         try:
-            return state_from_bytes(stored)
-        except UndecodableEntryError as error:
+            state = state_from_bytes(stored)
+            if (state.scope.tenant_id, state.event_id) != (entry.header.tenant, entry.header.event):
+                raise InvalidWorkflowStateError("an entry's header names another event than its bytes")
+        except RiskfleetError as error:
             self._fail(entry, error, wave)
             return None
+        return state
 
     def _fail(self, entry: Entry, error: BaseException, wave: _Wave) -> None:
         if isinstance(error, InfrastructureError):

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
@@ -86,12 +88,14 @@ def up(settings: Settings, *, demo: bool, oneshot: bool, health_base: int = 9100
         raise SettingsError(
             f"port {settings.http_port} is taken (another fleet?); stop it, or set RISKFLEET_HTTP_PORT to a free one"
         )
-    events = list(loan_applications()) if demo else []
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    urls, servers = ensure_servers(given_urls(settings), settings.data_dir, say)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(lambda: list(loan_applications()) if demo else [])  # while the servers start
+        urls, servers = ensure_servers(given_urls(settings), settings.data_dir, say)
     try:
+        events = reading.result()
         settings = with_servers(settings, urls)
         credentials = asyncio.run(_prepare(settings, say))
         fleet = Fleet(
@@ -167,7 +171,7 @@ def _demo(
 
     def work() -> None:
         try:
-            result.append(asyncio.run(stream(settings, credentials, events, show=console.is_terminal)))
+            result.append(uvloop.run(stream(settings, credentials, events, show=console.is_terminal)))
         except BaseException as error:  # noqa: BLE001 - handed to the main thread
             result.append(error)
 

@@ -1,6 +1,7 @@
 """The composition root: builds each role from settings, runs it, and stops it in a stated order.
 
-Nothing is built or connected at import. A role is a `Kit` of connected adapters plus what is started
+Nothing is built or connected at import, and each role imports its own room only when it is built: nine
+processes start at once on one machine. A role is a `Kit` of connected adapters plus what is started
 on them; tests build the same roles from other settings.
 """
 
@@ -12,7 +13,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -31,9 +32,6 @@ from deploy import keys
 from deploy.runtime import RandomIds, SystemClock
 from deploy.settings import Settings, SettingsError
 from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
-from gateway.http import HttpPorts, create_app
-from gateway.ingress import Ingress
-from gateway.intake import Intake, IntakePorts
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.postgres import AsyncEngine
 from governance.postgres import engine as pg
@@ -44,13 +42,10 @@ from governance.postgres.ledger import PostgresLedger
 from governance.postgres.registry import PostgresRegistry
 from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
-from workers.runner import RunnerPolicy, RunnerPorts, StageRunner
-from workers.settling import RetryPolicy
-from workers.sinks.audit import AuditSink
-from workers.sinks.metrics import MetricsSink
-from workers.sinks.parking import ParkingSink
-from workers.stages import StagePorts
 from workers.telemetry import QueueTelemetry
+
+if TYPE_CHECKING:
+    from gateway.intake import Intake
 
 log = structlog.get_logger("role")
 
@@ -130,6 +125,10 @@ def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any
 
 async def run_worker(settings: Settings, stage: Stage) -> None:
     """One stage's worker over all partitions, until SIGTERM or SIGINT."""
+    from workers.runner import RunnerPolicy, RunnerPorts, StageRunner
+    from workers.settling import RetryPolicy
+    from workers.stages import StagePorts
+
     async with kit(settings, stage) as k:
         ledger = PostgresLedger(k.engine)
         ports = RunnerPorts(
@@ -149,6 +148,10 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
 
 async def run_sink(settings: Settings, sink: str) -> None:
     """One sink (audit, metrics or parking), until SIGTERM or SIGINT."""
+    from workers.sinks.audit import AuditSink
+    from workers.sinks.metrics import MetricsSink
+    from workers.sinks.parking import ParkingSink
+
     async with kit(settings, f"sink-{sink}") as k:
         registry = CollectorRegistry()
         handler: Handler
@@ -166,6 +169,8 @@ async def run_sink(settings: Settings, sink: str) -> None:
 
 async def run_gateway(settings: Settings) -> None:
     """The HTTP door, until SIGTERM or SIGINT."""
+    from gateway.http import HttpPorts, create_app
+
     async with kit(settings, "gateway") as k:
         ledger = PostgresLedger(k.engine)
         refusals, intake = _doors(k, ledger)
@@ -181,6 +186,8 @@ async def run_gateway(settings: Settings) -> None:
 
 async def run_ingress(settings: Settings) -> None:
     """The AMQP door over the ingest queue of every tenant with a broker user, until SIGTERM or SIGINT."""
+    from gateway.ingress import Ingress
+
     async with kit(settings, "ingress") as k:
         refusals, intake = _doors(k, PostgresLedger(k.engine))
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
@@ -196,6 +203,8 @@ async def run_ingress(settings: Settings) -> None:
 
 
 def _doors(k: Kit, ledger: PostgresLedger) -> tuple[RefusalLog, Intake]:
+    from gateway.intake import Intake, IntakePorts
+
     counter = RefusalCounter(RefusalPolicy(k.boot))
     refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.settings.partitions)
     ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids)

@@ -281,7 +281,7 @@ class PostgresServer:
         directory = self._wanted
         test = [*self._as_server_user, "test", "-x", str(directory.parent)]
         if subprocess.run(test, cwd="/", check=False, capture_output=True).returncode != 0:
-            # A clone under /root, for one, cannot be entered by that account.
+            # A clone in the home of root, for one, cannot be entered by that account.
             digest = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
             directory = Path("/var/tmp") / f"riskfleet-{digest}"  # noqa: S108 - owner and mode are checked below
             self._discard_orphan(directory, account.pw_uid)

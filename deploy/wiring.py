@@ -179,7 +179,7 @@ async def run_gateway(settings: Settings) -> None:
         door = _health(k, CollectorRegistry(), lambda: None)
         app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
         stop = _stop_signal()
-        async with _background(k, stop, _flush_forever(refusals)):
+        async with _background(k, stop, refusals.run(asyncio.Event())):
             await serve(app, settings.http_host, settings.http_port, stop=stop)
         await refusals.flush(final=True)
 
@@ -195,7 +195,7 @@ async def run_ingress(settings: Settings) -> None:
         consumer = _consumer(k, [UNROUTED], ingress.handle)
         stop = _stop_signal()
         await consumer.start()
-        async with _background(k, stop, _flush_forever(refusals), _discover(consumer, directory), consumer.join()):
+        async with _background(k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory), consumer.join()):
             door = _health(k, CollectorRegistry(), lambda: consumer.paused_reason)
             await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
         await consumer.stop()
@@ -219,13 +219,6 @@ async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory) -> N
                 if profile.broker_user is not None:
                     await consumer.add_queue(profile.scope.ingest_queue)
         await asyncio.sleep(_DISCOVERY_S)
-
-
-async def _flush_forever(refusals: RefusalLog) -> None:
-    while True:
-        await asyncio.sleep(1)
-        with contextlib.suppress(InfrastructureError):
-            await refusals.flush()
 
 
 def _consumer(k: Kit, queues: Sequence[str], handler: Handler, policy: ConsumerPolicy | None = None) -> RabbitConsumer:

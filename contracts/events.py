@@ -152,10 +152,11 @@ def parse_event(document: Any) -> Event:
     try:
         return Event.model_validate(document)
     except ValidationError as error:
-        raise DomainValidationError("the event has invalid fields", pointers=_pointers(error)) from None
+        raise DomainValidationError("the event has invalid fields", pointers=pointers_of(error)) from None
 
 
-def _pointers(error: ValidationError) -> tuple[tuple[str, str], ...]:
+def pointers_of(error: ValidationError) -> tuple[tuple[str, str], ...]:
+    """(JSON pointer, reason) per invalid field, 32 at most; never the value that was sent."""
     rows = []
     for item in error.errors(include_url=False, include_context=False, include_input=False)[:32]:
         path = "".join("/" + str(part).replace("~", "~0").replace("/", "~1")[:128] for part in item["loc"])

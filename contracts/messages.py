@@ -14,12 +14,16 @@ import orjson
 
 from contracts.codec import CARRIER_HEADER, Entry, carriers, encode_carrier, entry_of_record
 from contracts.events import canonical_json
+from contracts.failures import InvalidTenantError, UndecodableEntryError
+from contracts.labels import Label
 from contracts.ports import DeadLetter, DecisionRow, Message
 from contracts.settlement import failure_headers
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from contracts.topology import (
     DECISIONS,
+    DELIVERY_QUEUE,
+    LABELS_QUEUE,
     REJECTED,
     WORK,
     audit_queue,
@@ -76,18 +80,21 @@ def audit_message(records: Sequence[AuditRecord], partitions: int) -> list[Messa
     ]
 
 
-def decision_message(scope: TenantScope, kind: str, row: DecisionRow, correlation_id: str | None) -> Message:
+def decision_message(
+    scope: TenantScope, kind: str, row: DecisionRow, correlation_id: str | None, traceparent: str | None = None
+) -> Message:
     """The decision as it was read back from PostgreSQL, to whoever binds `<tenant>.<kind>.<outcome>`.
 
     Not mandatory: a tenant that only speaks HTTP binds no queue, and unroutable is then success.
     """
     event_id = str(orjson.loads(row.decision)["event_id"])
+    headers = {"event_id": event_id, "revision": row.revision, "outcome": row.outcome}
     return Message(
         exchange=DECISIONS,
         routing_key=scope.routing_key(kind, row.outcome),
         body=row.decision,
         message_id=f"{event_id}:{row.revision}",
-        headers={"event_id": event_id, "revision": row.revision, "outcome": row.outcome},
+        headers=headers | ({"traceparent": traceparent} if traceparent else {}),
         mandatory=False,
         content_type=JSON,
         correlation_id=correlation_id,
@@ -123,6 +130,95 @@ def parked_message(letter: DeadLetter, source: str) -> Message:
         message_id=f"parked:{letter.letter_id}",
         headers=failure_headers(letter),
     )
+
+
+_DELIVERY_HEADER = "x-riskfleet-delivery"
+
+
+def delivery_message(message: Message, attempt: int, delay_ms: int) -> Message:
+    """A decision that was not confirmed, on its way round the ladder; `undelivered` reads it when it comes back.
+
+    `attempt` counts from 1. The id names the attempt, so that two rounds never look like one message.
+    """
+    rung = first_rung(delay_ms)
+    envelope = {
+        "exchange": message.exchange,
+        "routing_key": message.routing_key,
+        "message_id": message.message_id,
+        "headers": dict(message.headers),
+        "content_type": message.content_type,
+        "correlation_id": message.correlation_id,
+        "attempt": attempt,
+    }
+    return Message(
+        exchange=rung_exchange(rung),
+        routing_key=DELIVERY_QUEUE,
+        body=message.body,
+        message_id=f"delivery:{message.message_id}:{attempt}",
+        headers={_DELIVERY_HEADER: canonical_json(envelope).decode()},
+    )
+
+
+def undelivered(headers: Mapping[str, Any], body: bytes) -> tuple[Message, int]:
+    """The message inside a delivery that came back from the ladder, and its attempt.
+
+    Raises UndecodableEntryError when the header is absent or broken.
+    """
+    try:
+        fields = dict(orjson.loads(headers[_DELIVERY_HEADER]))
+        attempt = int(fields.pop("attempt"))
+        return Message(body=body, mandatory=False, **fields), attempt
+    except (KeyError, TypeError, ValueError) as error:
+        raise UndecodableEntryError(f"the {_DELIVERY_HEADER} header cannot be read") from error
+
+
+def reply_message(reply_to: str, message: Message) -> Message:
+    """A transient copy of a decision message for the process whose caller waits; nobody answers for its loss."""
+    return Message(
+        exchange="",
+        routing_key=reply_to,
+        body=message.body,
+        message_id=f"reply:{message.message_id}",
+        headers=message.headers,
+        persistent=False,
+        mandatory=False,
+        confirm=False,
+        content_type=message.content_type,
+        correlation_id=message.correlation_id,
+    )
+
+
+def label_message(label: Label) -> Message:
+    """A label on its way to the table `labels`."""
+    fields = {
+        "tenant": label.scope.tenant_id,
+        "label_id": label.label_id,
+        "event_id": label.event_id,
+        "label": label.label,
+        "source": label.source,
+        "effective_at": label.effective_at,
+        "received_at": label.received_at,
+        "body": label.body.decode(),
+    }
+    return Message(
+        exchange=WORK,
+        routing_key=LABELS_QUEUE,
+        body=canonical_json(fields),
+        message_id=f"label:{label.label_id}",
+        content_type=JSON,
+    )
+
+
+def label_from(body: bytes) -> Label:
+    """The label that a message carries; the inverse of `label_message`. Raises UndecodableEntryError."""
+    try:
+        fields = dict(orjson.loads(body))
+        scope, stored = TenantScope(fields.pop("tenant")), str(fields.pop("body")).encode()
+        if not all(isinstance(value, str) for value in fields.values()):
+            raise TypeError
+        return Label(scope=scope, body=stored, **fields)
+    except (KeyError, TypeError, ValueError, InvalidTenantError) as error:
+        raise UndecodableEntryError("a label's message cannot be read") from error
 
 
 def _queue_of(entry: Entry, partitions: int) -> str:

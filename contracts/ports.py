@@ -14,6 +14,10 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from contracts.codec import Entry
+from contracts.events import Event
+from contracts.identity import Principal
+from contracts.labels import Label
+from contracts.outcomes import Decision
 from contracts.state import AuditRecord, EventState, Pin, SubjectHistory, Thresholds
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
@@ -279,12 +283,16 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ActiveSet:
-    """What decides for one tenant now: an approved, active version of each kind, or None."""
+    """What decides for one tenant now: an approved, active, unexpired version of each kind, or None.
+
+    `halted`: a person stopped automatic decisions for the tenant, for its model, or everywhere.
+    """
 
     model: Pin | None
     policy: Pin | None
     guardrail: Pin | None
     thresholds: Thresholds
+    halted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +312,14 @@ class Registry(Protocol):
         ...
 
     async def artifacts(self, pins: Sequence[Pin]) -> Sequence[Artifact]:
-        """Content by digest. Raises InvalidModelStateError on a mismatch, ModelNotApprovedError when absent."""
+        """Content by digest, its signature verified.
+
+        Raises InvalidModelStateError on a mismatch, ModelNotApprovedError when absent.
+        """
+        ...
+
+    async def revoked(self, pins: Sequence[Pin]) -> Sequence[bool]:
+        """Whether each pinned version was revoked since; at most 2 s old."""
         ...
 
 
@@ -352,24 +367,85 @@ class TenantProfile:
     thresholds: Thresholds
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who calls: a tenant's SERVICE key; `key_id` is the public prefix of the key."""
+class Credentials(Protocol):
+    """Who a bearer credential belongs to."""
 
-    scope: TenantScope
-    key_id: str
-    role: str = "SERVICE"
+    async def principal(self, bearer: str) -> Principal | None:
+        """The owner of an API key or JWT; None when it is malformed, unknown, expired or revoked (≤ 5 s ago)."""
+        ...
 
 
 class Directory(Protocol):
-    """Tenants and credentials."""
-
-    async def principal(self, api_key: str) -> Principal | None:
-        """The owner of an API key, or None; at most 5 s old. Compared in constant time."""
-        ...
+    """Tenants."""
 
     async def tenants(self) -> Sequence[TenantProfile]:
         """Every tenant; at most 5 s old."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FeedPage:
+    """Decisions (canonical bytes) in commit order, and the cursor after the last; None when the page is empty."""
+
+    decisions: tuple[bytes, ...]
+    cursor: str | None
+
+
+class DecisionFeed(Protocol):
+    """Every revision of a tenant's decisions, in an order in which nothing appears behind a cursor later."""
+
+    async def page(self, scope: TenantScope, after: str | None, limit: int) -> FeedPage:
+        """The decisions after a cursor. Raises InvalidMetadataError for a cursor that this feed did not make."""
+        ...
+
+
+class LabelBook(Protocol):
+    """The table `labels`."""
+
+    async def record(self, labels: Sequence[Label]) -> Sequence[bool]:
+        """Insert each once, by position; False = it was already there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """One message that a command wrote in its own transaction; `position` is the order of writing."""
+
+    position: int
+    scope: TenantScope | None
+    message: Message
+
+
+class Outbox(Protocol):
+    """Messages of committed commands that wait to be published."""
+
+    async def waiting(self, limit: int) -> Sequence[OutboxRow]:
+        """The oldest rows of all tenants, in order."""
+        ...
+
+    async def published(self, rows: Sequence[OutboxRow]) -> None:
+        """Remove rows whose messages were confirmed."""
+        ...
+
+
+class Simulator(Protocol):
+    """Decides an event without recording or sending anything."""
+
+    async def simulate(self, scope: TenantScope, event: Event) -> Decision:
+        """The decision that the event would get now. Raises LimitExceededError when too many run at once."""
+        ...
+
+
+class Replies(Protocol):
+    """Copies of decisions that callers of this process wait for."""
+
+    @property
+    def address(self) -> str:
+        """The `reply_to` of entries whose decision somebody waits for here."""
+        ...
+
+    async def wait(self, event_id: str, timeout_s: float) -> bytes | None:
+        """The decision's bytes, None after the timeout. A lost copy is a None, never an error."""
         ...
 
 

@@ -47,6 +47,14 @@ STALE_WRITES = Metric("riskfleet_stale_writes_refused_total", _C, "Advances refu
 LOCK_WAITS = Metric("riskfleet_lock_waits_total", _C, "Entries that waited on another holder's lease.", ("stage",))
 SUSPECTS = Metric("riskfleet_suspects_total", _C, "Entries run alone after their holder died.", ("stage",))
 AUDIT_RECORDS = Metric("riskfleet_audit_records_total", _C, "Audit records appended or already present.", ("result",))
+LABELS = Metric("riskfleet_labels_total", _C, "Labels by door and result.", ("door", "result"))
+DELIVERIES = Metric("riskfleet_decision_deliveries_total", _C, "Decisions sent round the delivery ladder.", ("result",))
+APPROVALS_CLOSED = Metric("riskfleet_approvals_closed_total", _C, "Approvals closed by result.", ("result", "tenant"))
+APPROVAL_SECONDS = Metric("riskfleet_approval_dwell_seconds", _H, "Time from opening to closing an approval.", ())
+OUTBOX = Metric("riskfleet_outbox_published_total", _C, "Outbox messages published by result.", ("result",))
+TRANSITIONS = Metric("riskfleet_registry_transitions_total", _C, "Registry transitions.", ("kind", "to"))
+LOGINS = Metric("riskfleet_logins_total", _C, "Logins by result.", ("result",))
+OPERATOR_CALLS = Metric("riskfleet_operator_calls_total", _C, "Operator API calls.", ("call", "result"))
 
 METRICS: Mapping[str, Metric] = {
     m.name: m
@@ -67,6 +75,14 @@ METRICS: Mapping[str, Metric] = {
         LOCK_WAITS,
         SUSPECTS,
         AUDIT_RECORDS,
+        LABELS,
+        DELIVERIES,
+        APPROVALS_CLOSED,
+        APPROVAL_SECONDS,
+        OUTBOX,
+        TRANSITIONS,
+        LOGINS,
+        OPERATOR_CALLS,
     )
 }
 
@@ -118,6 +134,8 @@ LOG_FIELDS = frozenset(
         "boot",
         "suspect",
         "error_detail",
+        "actor",
+        "action",
     ]
 )
 """The fields that a log line may have; everything else is dropped before it is written."""

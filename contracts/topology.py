@@ -17,6 +17,9 @@ DECISIONS = "risk.decisions"
 REJECTED = "risk.rejected"
 WORK = f"risk.{VERSION}.work"
 METRICS_QUEUE = f"risk.{VERSION}.metrics"
+LABELS_QUEUE = f"risk.{VERSION}.labels"
+DELIVERY_QUEUE = f"risk.{VERSION}.delivery"
+"""Decisions that the broker refused to hand on, on their way through the ladder to be published again."""
 
 
 class Stage(StrEnum):
@@ -33,7 +36,7 @@ STAGES: tuple[Stage, ...] = tuple(Stage)
 RUNGS: tuple[tuple[str, int], ...] = (("100ms", 100), ("1s", 1_000), ("5s", 5_000), ("15s", 15_000), ("30s", 30_000))
 """The retry ladder: name and TTL in milliseconds of each rung."""
 
-PARKED_SOURCES: tuple[str, ...] = (*STAGES, "ingress", "audit")
+PARKED_SOURCES: tuple[str, ...] = (*STAGES, "ingress", "audit", "labels")
 
 
 def stage_queue(stage: str, partition: int) -> str:
@@ -59,6 +62,11 @@ def rung_queue(delay: str) -> str:
 def parked_queue(source: str) -> str:
     """Dead letters of a stage on their way to the table `dead_letters`."""
     return f"risk.{VERSION}.parked.{source}"
+
+
+def reply_queue(boot: str) -> str:
+    """The exclusive queue of one gateway process: copies of decisions that a caller waits for."""
+    return f"risk.{VERSION}.reply.{boot}"
 
 
 def first_rung(at_least_ms: int) -> str:
@@ -144,10 +152,12 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
             *(Queue(name) for name in parked),
             *(Queue(queue) for _, queue, _ in rungs),
             Queue(METRICS_QUEUE, "classic"),
+            Queue(LABELS_QUEUE),
+            Queue(DELIVERY_QUEUE),
             Queue(UNROUTED),
         ),
         bindings=(
-            *(Binding(WORK, name, name) for name in (*work, *parked, METRICS_QUEUE)),
+            *(Binding(WORK, name, name) for name in (*work, *parked, METRICS_QUEUE, LABELS_QUEUE, DELIVERY_QUEUE)),
             *(Binding(exchange, queue, "#") for exchange, queue, _ in rungs),
             Binding(UNROUTED, UNROUTED, ""),
         ),
@@ -161,6 +171,9 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
                 Policy(f"rf-retry-{name}", rf"^risk\.{VERSION}\.retry\.{name}$", _rung(ttl, queue_bytes))
                 for name, ttl in RUNGS
             ),
+            Policy("rf-labels", rf"^risk\.{VERSION}\.labels$", _netted(queue_bytes // 4, "labels", 20)),
+            # Nothing is dead-lettered from here: a decision stands in PostgreSQL, and the feed has it.
+            Policy("rf-delivery", rf"^risk\.{VERSION}\.delivery$", _bounded(queue_bytes // 4)),
             Policy("rf-parked", rf"^risk\.{VERSION}\.parked\.", {"overflow": "reject-publish"}),
             Policy("rf-metrics", rf"^risk\.{VERSION}\.metrics$", {"max-length": 100_000, "overflow": "drop-head"}),
             # The ingress parks by itself after 20 deliveries; the broker's limit stands behind that.

@@ -41,6 +41,18 @@ class Settings(BaseModel):
     http_port: int = Field(8080, ge=0, le=65535, description="Port of the ingest gateway")
     health_host: str = Field("127.0.0.1", description="Address of a role's health port")
     health_port: int = Field(0, ge=0, le=65535, description="Health port of a role; 0: a free one")
+    control_host: str = Field("127.0.0.1", description="Address of the operator API")
+    control_port: int = Field(8081, ge=0, le=65535, description="Port of the operator API")
+    token_ttl: int = Field(28_800, ge=60, le=86_400, description="Seconds that a login lasts")
+    oidc_issuer: str | None = Field(None, description="OpenID Connect issuer whose tokens users may present, https://…")
+    oidc_audience: str | None = Field(None, description="Audience that such a token must name")
+    artifact_keys: str | None = Field(
+        None, description="Public keys (hex, comma separated) that sign artifacts; default: the file of 'keys init'"
+    )
+    token_keys: str | None = Field(
+        None, description="Public keys (hex, comma separated) of logins; default: the file of 'keys init'"
+    )
+    simulations: int = Field(4, ge=0, le=64, description="Simulations that a gateway runs at once; 0 turns them off")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
     state_ttl: int = Field(604_800, ge=60, description="Seconds that an event's state lives in Redis at most")
     tombstone_ttl: int = Field(86_400, ge=1, description="Seconds that a decided event is remembered in Redis")

@@ -175,7 +175,7 @@ async def run_gateway(settings: Settings) -> None:
         ledger = PostgresLedger(k.engine)
         refusals, intake = _doors(k, ledger)
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
-        ports = HttpPorts(directory, ledger, k.state_store, k.ids)
+        ports = HttpPorts(directory, directory, ledger, k.state_store, k.ids)
         door = _health(k, CollectorRegistry(), lambda: None)
         app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
         stop = _stop_signal()

@@ -26,13 +26,13 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _OPENING = frozenset(b"[{")
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes, limit: int = MAX_BODY_BYTES) -> Any:
     """The document in `body`, as dict, list, str, int, float, bool or None.
 
-    Raises OversizedBodyError above 65,536 bytes and MalformedBodyError for everything else that is refused.
+    Raises OversizedBodyError above `limit` bytes and MalformedBodyError for everything else that is refused.
     """
-    if len(body) > MAX_BODY_BYTES:
-        raise OversizedBodyError
+    if len(body) > limit:
+        raise OversizedBodyError(f"the body is larger than {limit:,} bytes")
     if body.startswith(b"\xef\xbb\xbf"):
         raise MalformedBodyError("the body starts with a byte order mark; send plain UTF-8")
     if _deeper_than(body, MAX_DEPTH):

@@ -17,7 +17,9 @@ from typing import Final
 
 import orjson
 
-from contracts.state import EventState
+from contracts.events import canonical_json
+from contracts.identity import Principal
+from contracts.state import AuditRecord, EventState
 from contracts.tenancy import TenantScope
 
 SYSTEM_CHAIN: Final = "_system"
@@ -145,3 +147,34 @@ def trail_gaps(decided: Iterable[EventState], found: Mapping[str, bytes]) -> Tra
     owed = {record.record_id: record.body for state in decided for record in state.records()}
     missing = sorted(record_id for record_id, body in owed.items() if found.get(record_id) != body)
     return TrailGaps(tuple(missing), tuple(sorted(found.keys() - owed.keys())))
+
+
+def operator_record(
+    scope: TenantScope | None,
+    action: str,
+    caller: Principal,
+    at: str,
+    subject: Mapping[str, str | int],
+    detail: Mapping[str, str | int],
+    *,
+    event_id: str = "",
+) -> AuditRecord:
+    """The record of one command of a person or program: `action` such as "registry.approved", `at` RFC 3339 in UTC.
+
+    `subject` names what was acted on, `detail` says how; neither holds payload, secrets or floats. A scope of None is
+    the system chain, where what holds for every tenant is recorded. The id is a hash over all of it, so two commands
+    that differ in anything, the time included, are two records.
+    """
+    content = {
+        "v": 1,
+        "action": action,
+        "actor": caller.actor,
+        "person": caller.person,
+        "tenant": chain_of(scope),
+        "event_id": event_id,
+        "at": at,
+        "subject": dict(subject),
+        "detail": dict(detail),
+    }
+    record_id = hashlib.sha256(b"riskfleet.operator\0" + canonical_json(content)).hexdigest()[:32]
+    return AuditRecord(scope, record_id, event_id, 0, "", canonical_json(content | {"record_id": record_id}))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from contracts.codec import Entry, state_from_bytes
 from contracts.events import canonical_json
 from contracts.failures import DatabaseError, StateStoreError
+from contracts.identity import Grant, Principal, Role
 from contracts.lifecycle import Status
 from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, PolicyVerdict
 from contracts.ports import (
@@ -22,7 +23,6 @@ from contracts.ports import (
     Held,
     Message,
     Peek,
-    Principal,
     Reservation,
     Reserved,
     TenantProfile,
@@ -107,7 +107,9 @@ class InMemoryDirectory:
 
     def add(self, profile: TenantProfile, key: str) -> None:
         self.profiles[profile.scope] = profile
-        self.keys[key] = Principal(profile.scope, key[:8])
+        self.keys[key] = Principal(
+            f"key:{key[:8]}", "", frozenset({Grant(profile.scope.tenant_id, Role.SERVICE)}), profile.scope
+        )
 
     async def principal(self, api_key: str) -> Principal | None:
         if self.error:

@@ -274,6 +274,9 @@ class DefaultsRegistry:
         one = ActiveSet(self.pins["model"], self.pins[kind], self.pins["guardrail"], Thresholds())
         return [one for _ in scopes]
 
+    async def revoked(self, pins: Sequence[Pin]) -> Sequence[bool]:
+        return [False for _ in pins]
+
     async def artifacts(self, pins: Sequence[Pin]) -> Sequence[Artifact]:
         if self.errors:
             raise self.errors.pop(0)

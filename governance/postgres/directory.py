@@ -18,12 +18,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.failures import InvalidMetadataError, InvalidModelStateError, InvalidTenantError
-from contracts.ports import Clock, Principal, TenantProfile
+from contracts.identity import EVERYWHERE, Grant, Principal, Role
+from contracts.ports import Clock, TenantProfile
 from contracts.state import Thresholds
 from contracts.tenancy import TenantScope
 from governance.access import matches, parse_api_key
 from governance.postgres.engine import sqlstate, transaction
-from governance.postgres.schema import api_keys, tenants, users
+from governance.postgres.schema import api_keys, memberships, tenants, users
 
 MAX_AGE_S: Final = 5.0
 _MAX_KEYS: Final = 10_000
@@ -97,15 +98,16 @@ class PostgresDirectory:
 
     async def _read_key(self, key_id: str) -> _StoredKey | None:
         query = (
-            select(api_keys.c.tenant, api_keys.c.mac, api_keys.c.role)
+            select(api_keys.c.tenant, api_keys.c.mac, api_keys.c.role, api_keys.c.owner)
             .join(tenants, tenants.c.tenant_id == api_keys.c.tenant)
             .where(api_keys.c.key_id == key_id, api_keys.c.revoked_at.is_(None), tenants.c.status == "active")
+            .where((api_keys.c.expires_at.is_(None)) | (api_keys.c.expires_at > func.now()))
         )
         async with transaction(self._engine, ()) as connection:
             row = (await connection.execute(query)).one_or_none()
         if row is None:
             return None
-        return _StoredKey(bytes(row.mac), Principal(TenantScope(row.tenant), key_id, row.role))
+        return _StoredKey(bytes(row.mac), _key_owner(TenantScope(row.tenant), key_id, row))
 
     async def tenants(self) -> Sequence[TenantProfile]:
         """Every active tenant, in order of its id; at most 5 s old."""
@@ -119,6 +121,10 @@ class PostgresDirectory:
         profiles = tuple(_profile(row) for row in rows)
         self._tenants.put("", profiles, now)
         return profiles
+
+
+def _key_owner(scope: TenantScope, key_id: str, row: Any) -> Principal:
+    return Principal(f"key:{key_id}", row.owner, frozenset({Grant(scope.tenant_id, Role(row.role))}), scope)
 
 
 def _profile(row: Row[Any]) -> TenantProfile:
@@ -181,15 +187,17 @@ async def has_users(engine: AsyncEngine) -> bool:
 
 
 async def create_first_admin(
-    engine: AsyncEngine, user_id: str, name: str, password_hash: str | None = None, role: str = "ADMIN"
+    engine: AsyncEngine, user_id: str, name: str, password_hash: str | None = None, role: Role = Role.ADMIN
 ) -> bool:
     """Make the first user; False when there is any user already, however many call this at once."""
     async with transaction(engine, ()) as connection:
         await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _FIRST_ADMIN_LOCK})
         if (await connection.execute(select(func.count()).select_from(users))).scalar_one():
             return False
-        values = {"user_id": user_id, "name": name, "role": role, "password_hash": password_hash}
+        values = {"user_id": user_id, "name": name, "password_hash": password_hash}
         await connection.execute(insert(users).values(**values))
+        grant = {"user_id": user_id, "tenant": EVERYWHERE, "role": role, "granted_by": "installation"}
+        await connection.execute(insert(memberships).values(**grant))
         return True
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import uuid4
 
 import asyncpg
 from sqlalchemy import text
@@ -20,6 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from contracts.failures import DatabaseError, InfrastructureError
+from contracts.identity import EVERYWHERE
 from contracts.tenancy import TenantScope
 from governance.audit import chain_of
 
@@ -91,12 +93,16 @@ async def dispose(engine: AsyncEngine) -> None:
 
 
 @asynccontextmanager
-async def transaction(engine: AsyncEngine, scopes: Iterable[TenantScope | None]) -> AsyncIterator[AsyncConnection]:
+async def transaction(
+    engine: AsyncEngine, scopes: Iterable[TenantScope | None], *, shared: bool = False
+) -> AsyncIterator[AsyncConnection]:
     """One transaction that sees the rows of exactly these tenants (None: the system chain); commits at the end.
 
-    Raises DatabaseError for every failure of the server. With no scope at all, tenant tables look empty.
+    `shared`: it may also write what every tenant uses (tenant "*"). Raises DatabaseError for every failure of the
+    server. With no scope at all, tenant tables look empty.
     """
-    tenants = "{" + ",".join(sorted({chain_of(scope) for scope in scopes})) + "}"
+    names = {chain_of(scope) for scope in scopes} | ({EVERYWHERE} if shared else set())
+    tenants = "{" + ",".join(sorted(names)) + "}"
     with translated():
         async with _connection(engine) as connection:
             await connection.execute(_SET_TENANTS, {"tenants": tenants})
@@ -203,7 +209,7 @@ async def insert_and_roll_back(engine: AsyncEngine) -> None:
     """Insert a row as the application role and roll it back. Raises DatabaseError when it cannot be written."""
     async with transaction(engine, ()) as connection, connection.begin_nested() as savepoint:
         await connection.execute(
-            text("INSERT INTO users (user_id, name, role, created_at) VALUES ('doctor', 'doctor', 'VIEWER', now())")
+            text("INSERT INTO users (user_id, name) VALUES (:id, 'doctor')"), {"id": f"doctor-{uuid4().hex}"}
         )
         await savepoint.rollback()
 

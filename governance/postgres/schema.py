@@ -10,10 +10,13 @@ from typing import Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
     ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -26,8 +29,19 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.types import UserDefinedType
 
 metadata: Final = MetaData()
+
+
+class Xid8(UserDefinedType[int]):
+    """A 64-bit transaction id; queries cast it to text, since the driver has no number for it."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """The type's name in DDL."""
+        return "xid8"
 
 
 def _text(name: str, *, null: bool = False) -> Column[str]:
@@ -47,8 +61,16 @@ def _made(name: str = "created_at") -> Column[object]:
     return Column(name, DateTime(timezone=True), nullable=False, server_default=text("now()"))
 
 
-def _int(name: str) -> Column[int]:
-    return Column(name, Integer, nullable=False)
+def _int(name: str, default: str | None = None) -> Column[int]:
+    return Column(name, Integer, nullable=False, server_default=default)
+
+
+def _said(name: str, default: str = "") -> Column[str]:
+    return Column(name, Text, nullable=False, server_default=default)
+
+
+def _json(name: str) -> Column[object]:
+    return Column(name, JSONB, nullable=False, server_default="{}")
 
 
 def _big(name: str) -> Column[int]:
@@ -80,12 +102,15 @@ decisions = Table(
     metadata,
     *(_text("tenant"), _text("event_id"), _int("revision"), _text("outcome"), _text("decided_by")),
     *(_text("body_digest"), _text("digest"), _bytes("decision"), _bytes("state"), Column("score", Numeric)),
-    *(_at("decided_at"), _text("superseded_by", null=True)),
+    *(_at("decided_at"), _text("superseded_by", null=True), _text("corrects", null=True), _text("decider", null=True)),
+    Column("feed_xid", Xid8, nullable=False, server_default=text("pg_current_xact_id()")),
     PrimaryKeyConstraint("tenant", "event_id", "revision"),
     CheckConstraint("outcome IN ('APPROVED', 'REQUIRE_APPROVAL', 'REJECTED')", name="decisions_outcome"),
     CheckConstraint("decided_by IN ('pipeline', 'person')", name="decisions_decided_by"),
     CheckConstraint("revision >= 1", name="decisions_revision"),
     Index("decisions_decided", "tenant", "decided_at", "event_id"),
+    Index("decisions_feed", "tenant", "feed_xid", "event_id", "revision"),
+    Index("decisions_corrects", "tenant", "corrects", postgresql_where=text("corrects IS NOT NULL")),
 )
 
 approvals = Table(
@@ -93,9 +118,32 @@ approvals = Table(
     metadata,
     *(_text("tenant"), _text("event_id"), _int("revision"), _at("opened_at"), _status("open")),
     *(Column("reasons", ARRAY(Text), nullable=False), _text("closed_by", null=True), _at("closed_at", null=True)),
+    *(_said("kind", "risk"), _said("cause", "decision"), _text("opened_by", null=True), _int("priority", "0")),
+    *(Column("amount", Numeric), _text("currency", null=True), _int("approvers_needed", "1")),
+    *(_at("due_at", null=True), _at("expires_at", null=True), _said("expiry_outcome", "REJECTED")),
+    *(_text("claimed_by", null=True), _at("claimed_at", null=True), _text("note", null=True)),
+    _text("close_reason", null=True),
     PrimaryKeyConstraint("tenant", "event_id", "revision"),
-    CheckConstraint("status IN ('open', 'approved', 'rejected', 'superseded')", name="approvals_status"),
+    CheckConstraint("status IN ('open', 'approved', 'rejected', 'superseded', 'expired')", name="approvals_status"),
+    CheckConstraint("cause IN ('decision', 'reopened', 'contested')", name="approvals_cause"),
+    CheckConstraint("expiry_outcome IN ('REJECTED', 'APPROVED')", name="approvals_expiry_outcome"),
+    CheckConstraint("approvers_needed BETWEEN 1 AND 2", name="approvals_needed"),
     Index("approvals_open", "tenant", "opened_at", postgresql_where=text("status = 'open'")),
+    Index("approvals_expiring", "expires_at", postgresql_where=text("status = 'open'")),
+)
+
+approval_votes = Table(
+    "approval_votes",
+    metadata,
+    *(_text("tenant"), _text("event_id"), _int("revision"), _text("person"), _text("vote"), _text("reason")),
+    _at("voted_at"),
+    PrimaryKeyConstraint("tenant", "event_id", "revision", "person"),
+    CheckConstraint("vote IN ('approve', 'reject')", name="approval_votes_vote"),
+    ForeignKeyConstraint(
+        ["tenant", "event_id", "revision"],
+        ["approvals.tenant", "approvals.event_id", "approvals.revision"],
+        name="approval_votes_approval",
+    ),
 )
 
 audit_records = Table(
@@ -136,9 +184,12 @@ outbox = Table(
     "outbox",
     metadata,
     *(_text("tenant"), _text("message_id"), _text("exchange"), _text("routing_key")),
-    *(Column("headers", JSONB, nullable=False, server_default="{}"), _bytes("body"), _made()),
+    *(_json("headers"), _bytes("body"), _made()),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    *(_said("content_type", "application/octet-stream"), _text("correlation_id", null=True)),
+    Column("mandatory", Boolean, nullable=False, server_default="true"),
     PrimaryKeyConstraint("tenant", "message_id"),
-    Index("outbox_created", "created_at"),
+    Index("outbox_position", "position"),
 )
 
 labels = Table(
@@ -155,8 +206,14 @@ registry_versions = Table(
     metadata,
     *(_text("tenant"), _text("kind"), _text("name"), _int("version"), _text("digest"), _bytes("content")),
     *(_status("draft"), _text("author"), _text("approver", null=True), _text("reason"), _made()),
-    _at("approved_at", null=True),
+    *(_at("approved_at", null=True), _said("owner"), _said("purpose"), _said("use_tag", "fraud")),
+    *(_said("limitations"), _json("evidence"), _text("validator", null=True), _at("valid_until", null=True)),
+    *(_at("submitted_at", null=True), Column("signature", LargeBinary), _text("key_id", null=True)),
     PrimaryKeyConstraint("kind", "tenant", "name", "version"),
+    UniqueConstraint("kind", "tenant", "name", "version", "digest", name="registry_versions_exact"),
+    CheckConstraint("use_tag IN ('fraud', 'aml', 'credit')", name="registry_versions_use"),
+    CheckConstraint("digest = encode(sha256(content), 'hex')", name="registry_versions_content"),
+    CheckConstraint("validator <> author", name="registry_versions_validator"),
     CheckConstraint("kind IN ('model', 'prompt', 'policy', 'guardrail')", name="registry_versions_kind"),
     CheckConstraint(
         "status IN ('draft', 'submitted', 'approved', 'active', 'rejected', 'retired', 'revoked')",
@@ -170,18 +227,61 @@ registry_versions = Table(
     Index("registry_versions_digest", "digest"),
 )
 
+registry_transitions = Table(
+    "registry_transitions",
+    metadata,
+    *(_text("from_status"), _text("to_status")),
+    PrimaryKeyConstraint("from_status", "to_status"),
+)
+
+registry_approvals = Table(
+    "registry_approvals",
+    metadata,
+    *(_text("tenant"), _text("kind"), _text("name"), _int("version"), _text("digest"), _text("approver")),
+    *(_text("reason"), _at("approved_at")),
+    PrimaryKeyConstraint("kind", "tenant", "name", "version"),
+    ForeignKeyConstraint(
+        ["kind", "tenant", "name", "version", "digest"],
+        [f"registry_versions.{name}" for name in ("kind", "tenant", "name", "version", "digest")],
+        name="registry_approvals_exact",
+    ),
+)
+
 registry_active = Table(
     "registry_active",
     metadata,
     *(_text("tenant"), _text("kind"), _text("scope_key"), _text("name"), _int("version"), _made("activated_at")),
+    _said("activated_by"),
     PrimaryKeyConstraint("kind", "tenant", "scope_key"),
+    ForeignKeyConstraint(
+        ["kind", "tenant", "name", "version"],
+        [f"registry_versions.{name}" for name in ("kind", "tenant", "name", "version")],
+        name="registry_active_version",
+    ),
+)
+
+registry_activations = Table(
+    "registry_activations",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False),
+    *(_text("tenant"), _text("kind"), _text("scope_key"), _text("name"), _int("version"), _text("activated_by")),
+    *(_text("reason"), _at("activated_at")),
+    PrimaryKeyConstraint("id"),
+    Index("registry_activations_place", "tenant", "kind", "scope_key", "id"),
+)
+
+halts = Table(
+    "halts",
+    metadata,
+    *(_text("tenant"), _said("model", "*"), _text("reason"), _text("set_by"), _at("set_at")),
+    PrimaryKeyConstraint("tenant", "model"),
 )
 
 tenants = Table(
     "tenants",
     metadata,
     *(_text("tenant_id"), _text("name"), _text("broker_user", null=True)),
-    *(Column("thresholds", JSONB, nullable=False, server_default="{}"), _made(), _status("active")),
+    *(_json("thresholds"), _made(), _status("active"), _json("approval_policy"), _json("limits")),
     PrimaryKeyConstraint("tenant_id"),
     UniqueConstraint("broker_user", name="tenants_broker_user"),
     CheckConstraint("tenant_id ~ '^[a-z0-9][a-z0-9-]{0,62}$'", name="tenants_id"),
@@ -190,9 +290,21 @@ tenants = Table(
 users = Table(
     "users",
     metadata,
-    *(_text("user_id"), _text("name"), _text("role"), _text("password_hash", null=True), _made()),
-    _at("disabled_at", null=True),
+    *(_text("user_id"), _text("name"), _text("password_hash", null=True), _made()),
+    *(_at("disabled_at", null=True), _text("oidc_issuer", null=True), _text("oidc_subject", null=True)),
+    *(_at("tokens_valid_from", null=True), _int("failed_logins", "0"), _at("locked_until", null=True)),
     PrimaryKeyConstraint("user_id"),
+    UniqueConstraint("oidc_issuer", "oidc_subject", name="users_oidc"),
+    CheckConstraint("user_id ~ '^[a-z0-9][a-z0-9._@-]{0,126}$'", name="users_id"),
+)
+
+memberships = Table(
+    "memberships",
+    metadata,
+    *(_text("user_id"), _text("tenant"), _text("role"), _text("granted_by"), _made("granted_at")),
+    PrimaryKeyConstraint("user_id", "tenant", "role"),
+    CheckConstraint("role IN ('ADMIN', 'ANALYST', 'APPROVER', 'VIEWER')", name="memberships_role"),
+    ForeignKeyConstraint(["user_id"], ["users.user_id"], name="memberships_user"),
 )
 
 api_keys = Table(
@@ -201,7 +313,8 @@ api_keys = Table(
     _text("key_id"),
     Column("tenant", Text, ForeignKey("tenants.tenant_id", name="api_keys_tenant"), nullable=False),
     *(_bytes("mac"), Column("role", Text, nullable=False, server_default="SERVICE"), _made()),
-    _at("revoked_at", null=True),
+    *(_at("revoked_at", null=True), _said("owner"), _said("label"), _at("expires_at", null=True)),
     PrimaryKeyConstraint("key_id"),
+    CheckConstraint("role IN ('SERVICE', 'VIEWER')", name="api_keys_role"),
     Index("api_keys_by_tenant", "tenant"),
 )

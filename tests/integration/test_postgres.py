@@ -544,7 +544,7 @@ async def test_a_key_names_its_tenant(engine: AsyncEngine, scope: TenantScope, c
     clock.seconds += 5
     principal = await directory.principal(key)
     assert principal is not None
-    assert (principal.scope, principal.key_id, principal.role) == (scope, key_id, "SERVICE")
+    assert (principal.scope, principal.actor) == (scope, f"key:{key_id}")
     assert await directory.principal(key[:-1] + ("A" if key[-1] != "A" else "B")) is None
     assert await directory.principal("nonsense") is None
     await rows(engine, [], "UPDATE api_keys SET revoked_at = now() WHERE key_id = :id RETURNING 1", id=key_id)

@@ -40,7 +40,7 @@ def health_door(report: HealthReport | Exception = HealthReport(ready=True)) -> 
 
 
 def app_on(parts: DoorParts, door: HealthDoor | None = None) -> Starlette:
-    ports = HttpPorts(parts.directory, parts.ledger, parts.store, parts.ids)
+    ports = HttpPorts(parts.directory, parts.directory, parts.ledger, parts.store, parts.ids)
     return create_app(parts.intake, ports, parts.refusals, door or health_door(), partitions=parts.partitions)
 
 

@@ -57,7 +57,7 @@ def test_no_policy_reaches_a_queue_of_somebody_else() -> None:
 
 
 def test_names_are_the_documented_ones() -> None:
-    wanted = {*STAGE_QUEUES, "risk.v1.metrics", "risk.ingest.unrouted"}
+    wanted = {*STAGE_QUEUES, "risk.v1.metrics", "risk.v1.labels", "risk.v1.delivery", "risk.ingest.unrouted"}
     wanted |= {f"risk.v1.audit.p{p:02d}" for p in range(PARTITIONS)}
     wanted |= {f"risk.v1.parked.{source}" for source in PARKED_SOURCES}
     wanted |= {f"risk.v1.retry.{name}" for name, _ in RUNGS}

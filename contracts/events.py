@@ -45,7 +45,7 @@ def _with_offset(value: str) -> str:
     moment: datetime | None = None
     with contextlib.suppress(ValueError):  # reported with the same sentence below
         moment = datetime.fromisoformat(value)
-    if moment is None or moment.tzinfo is None or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d", value):
+    if moment is None or moment.tzinfo is None or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d", value, re.ASCII):
         raise ValueError("must be an RFC 3339 date-time with an offset, such as 2026-01-31T12:00:00Z")
     if not 1900 <= moment.year < 2200:
         raise ValueError("must lie between the years 1900 and 2199")
@@ -64,7 +64,7 @@ def _decimal(value: str) -> str:
 
 Moment = Annotated[str, StringConstraints(max_length=40), AfterValidator(_with_offset)]
 DecimalText = Annotated[
-    str, StringConstraints(max_length=40, pattern=r"^-?\d{1,15}(\.\d{1,9})?$"), AfterValidator(_decimal)
+    str, StringConstraints(max_length=40, pattern=r"^-?[0-9]{1,15}(\.[0-9]{1,9})?$"), AfterValidator(_decimal)
 ]
 Token = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Scalar = Annotated[str, StringConstraints(max_length=4096)] | bool | int | float | None

@@ -1,1 +1,57 @@
-"""The real servers of these tests are fixtures of `tests/conftest.py`: all folders share one session of them."""
+"""The fleet that the tests of this directory share: every role its own process, on three real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.tenancy import TenantScope
+from deploy import keys, local, provision
+from deploy.processes import identify
+from deploy.servers import NativeServers, ServerUrls
+from deploy.settings import Settings
+from tests.integration.fleet_fixture import FleetThread, RunningFleet, build_fleet, free_port, show
+
+
+@pytest.fixture(scope="session")
+def fleet(
+    request: pytest.FixtureRequest, servers: ServerUrls, native_servers: NativeServers | None
+) -> Iterator[RunningFleet]:
+    """One fleet, with two tenants whose names nobody had before."""
+    directory = Path(tempfile.mkdtemp(prefix="riskfleet-fleet-"))
+    settings = local.with_servers(Settings(environment="test", http_port=free_port(), data_dir=directory), servers)
+
+    async def prepare() -> dict[str, Any]:
+        await provision.migrate(settings)
+        await provision.apply_topology(settings)
+        keys.init(directory)
+        tag = secrets.token_hex(4)
+        return {
+            name: await provision.create_upstream(settings, TenantScope(f"{name}-{tag}"), name, keys.pepper(settings))
+            for name in ("acme", "globex")
+        }
+
+    upstreams, said = asyncio.run(prepare()), list[str]()
+    thread = FleetThread(lambda: build_fleet(settings, native_servers, said))
+    running = RunningFleet(settings, thread, native_servers, upstreams, said)
+    thread.start()
+    try:
+        asyncio.run(running.wait_ready())
+        yield running
+        pids = running.pids()
+    finally:
+        thread.stop()
+        show("the supervisor said:", *said)
+    assert [line for line in said if "did not drain" in line] == []
+    assert [pid for pid in pids.values() if identify(pid) is not None] == []
+    if request.session.testsfailed:
+        show("the logs stay in", directory / "logs")
+    else:
+        shutil.rmtree(directory, ignore_errors=True)

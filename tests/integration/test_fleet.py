@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,19 +14,11 @@ import pika
 import pytest
 
 from contracts.events import event_id_of
-from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, INGEST, REJECTED, STAGES
-from deploy import keys, local, provision
-from deploy.processes import identify
-from deploy.servers import NativeServers, ServerUrls
-from deploy.settings import Settings
 from resilience.management import BrokerManagement
 from tests.integration.fleet_fixture import (
-    FleetThread,
     RunningFleet,
-    build_fleet,
     eventually,
-    free_port,
     show,
     some_events,
 )
@@ -38,43 +26,6 @@ from tests.integration.fleet_fixture import (
 pytestmark = pytest.mark.integration
 
 SEED = 20260131
-
-
-@pytest.fixture(scope="module")
-def fleet(
-    request: pytest.FixtureRequest, servers: ServerUrls, native_servers: NativeServers | None
-) -> Iterator[RunningFleet]:
-    """The fleet of this module, with two tenants whose names nobody had before."""
-    directory = Path(tempfile.mkdtemp(prefix="riskfleet-fleet-"))
-    settings = local.with_servers(Settings(environment="test", http_port=free_port(), data_dir=directory), servers)
-
-    async def prepare() -> dict[str, Any]:
-        await provision.migrate(settings)
-        await provision.apply_topology(settings)
-        keys.init(directory)
-        tag = secrets.token_hex(4)
-        return {
-            name: await provision.create_upstream(settings, TenantScope(f"{name}-{tag}"), name, keys.pepper(settings))
-            for name in ("acme", "globex")
-        }
-
-    upstreams, said = asyncio.run(prepare()), list[str]()
-    thread = FleetThread(lambda: build_fleet(settings, native_servers, said))
-    running = RunningFleet(settings, thread, native_servers, upstreams, said)
-    thread.start()
-    try:
-        asyncio.run(running.wait_ready())
-        yield running
-        pids = running.pids()
-    finally:
-        thread.stop()
-        show("the supervisor said:", *said)
-    assert [line for line in said if "did not drain" in line] == []
-    assert [pid for pid in pids.values() if identify(pid) is not None] == []
-    if request.session.testsfailed:
-        show("the logs stay in", directory / "logs")
-    else:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 class Upstream:

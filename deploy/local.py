@@ -28,7 +28,7 @@ from deploy import provision
 from deploy.demo import loan_applications
 from deploy.fleet import Fleet, RoleSpec
 from deploy.processes import port_is_free
-from deploy.servers import NativeServers, ServerUrls, ensure_servers
+from deploy.servers import ServerUrls, StartedServers, ensure_servers
 from deploy.settings import Settings, SettingsError, environment_of
 from deploy.stream import StreamReport, stream
 
@@ -212,7 +212,7 @@ def show_report(console: Console, report: StreamReport) -> None:
         console.print("[bold red]not complete[/]: events, decisions and queues above do not add up")
 
 
-def _show_urls(console: Console, settings: Settings, health_base: int, servers: NativeServers | None) -> None:
+def _show_urls(console: Console, settings: Settings, health_base: int, servers: StartedServers | None) -> None:
     base = f"http://{settings.http_host}:{settings.http_port}"
     metrics = f"http://{settings.health_host}:{health_base + len(roles(health_base)) - 1}/metrics"
     console.print(f"gateway   {base}/v1/events   health {base}/health/ready", highlight=False)

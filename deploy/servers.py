@@ -21,12 +21,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final, Self
+from typing import IO, Final, Protocol, Self
 
+from deploy import containers
 from deploy.native import Binaries, PostgresServer, RabbitServer, RedisServer, find_binaries
 from deploy.processes import HOST, Record, Server, ServerProcess, ServersError, port_is_free, tail
 
-__all__ = ["NativeServers", "ServerUrls", "ServersError", "ensure_servers", "running_urls"]
+__all__ = ["NativeServers", "ServerUrls", "ServersError", "StartedServers", "ensure_servers", "running_urls"]
 
 Say = Callable[[str], None]
 
@@ -278,17 +279,32 @@ def running_urls(data_dir: Path) -> ServerUrls | None:
     return _urls(record) if running else None
 
 
+class StartedServers(Protocol):
+    """Servers that were started here, and must be stopped here."""
+
+    def ensure_alive(self) -> list[str]:
+        """Start again what ended; the names of what was started."""
+        ...
+
+    def stop(self) -> None:
+        """Stop all of them; their data stays."""
+        ...
+
+
 def ensure_servers(
     given: ServerUrls | None, data_dir: Path, say: Say = _silent
-) -> tuple[ServerUrls, NativeServers | None]:
+) -> tuple[ServerUrls, StartedServers | None]:
     """Answer URLs of three servers: the given ones, else private instances, installed first where that is allowed.
 
-    The second value must be stopped by the caller; it is None for given servers. Raises ServersError, whose message
-    says what to do.
+    Where programs are missing and a Docker engine answers, the three run in containers instead. The second value must
+    be stopped by the caller; it is None for given servers. Raises ServersError, whose message says what to do.
     """
     if given is not None:
         return given, None
     _, missing = find_binaries()
+    if missing and containers.engine_answers():
+        compose = containers.ContainerServers(say)
+        return compose.start(), compose
     if missing:
         _install(missing, say)
     servers = NativeServers(data_dir, say)

@@ -8,10 +8,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
-from deploy import servers
+from deploy import containers, servers
 from deploy.native import find_binaries, find_postgresql
 from deploy.processes import Identity, Record, ServersError, free_port, identify, port_is_free, tail
 from deploy.servers import NativeServers, ServerUrls, ensure_servers, running_urls
@@ -133,3 +135,22 @@ def test_the_compose_file_runs_every_role_with_a_health_check() -> None:
         assert set(service.get("depends_on", {})) <= set(services)
     assert "RISKFLEET_MIGRATION_DATABASE_URL" in services["migrate"]["environment"]
     assert "RISKFLEET_MIGRATION_DATABASE_URL" not in services["gateway"]["environment"]
+
+
+def test_containers_publish_the_ports_of_their_urls_on_loopback_only() -> None:
+    overlay = yaml.safe_load((ROOT / "deploy" / "docker" / "servers.yml").read_text())["services"]
+    whole = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert set(overlay) <= set(whole)
+    published = {str(port) for service in (*overlay.values(), whole["rabbitmq"]) for port in service.get("ports", ())}
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    made = containers.urls({})
+    for url in (made.database, made.migration_database, made.redis, made.rabbitmq, made.rabbitmq_management):
+        assert any(port.startswith(f"127.0.0.1:{urlsplit(url).port}:") for port in published), url
+
+
+def test_the_passwords_of_containers_are_those_of_the_compose_file() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    made = containers.urls({})
+    for url in (made.database, made.migration_database, made.redis, made.rabbitmq):
+        assert f":-{urlsplit(url).password}}}" in text
+    assert urlsplit(containers.urls({"RISKFLEET_APP_PASSWORD": "own"}).database).password == "own"

@@ -62,7 +62,12 @@ def _decimal(value: str) -> str:
     return value
 
 
-Moment = Annotated[str, StringConstraints(max_length=40), AfterValidator(_with_offset)]
+Moment = Annotated[
+    str,
+    StringConstraints(max_length=40),
+    AfterValidator(_with_offset),
+    Field(json_schema_extra={"format": "date-time"}),
+]
 DecimalText = Annotated[
     str, StringConstraints(max_length=40, pattern=r"^-?[0-9]{1,15}(\.[0-9]{1,9})?$"), AfterValidator(_decimal)
 ]

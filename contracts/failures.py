@@ -92,6 +92,10 @@ class InvalidMetadataError(DomainValidationError):
     """A header or metadata field of the submission cannot be used."""
 
 
+class InvalidRequestError(DomainValidationError):
+    """The request's body or parameters cannot be used: each pointer names a field and what is wrong with it."""
+
+
 class InvalidTenantError(DomainValidationError):
     """The tenant id is not well-formed or not known."""
 
@@ -148,6 +152,10 @@ class NotKnownError(RiskfleetError):
     """No such event is known (yet) to this tenant; repeating a submission with the same identity is safe."""
 
 
+class ConflictError(RiskfleetError):
+    """The thing is not in the state that the command needs: look at it again, then decide."""
+
+
 class LimitExceededError(RiskfleetError):
     """The tenant's limit is reached; repeat after the time in Retry-After."""
 
@@ -180,6 +188,7 @@ FAILURES: dict[type[RiskfleetError], FailureRow] = {
     UnsupportedMediaTypeError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 415, "unsupported-media-type"),
     UnsupportedSchemaVersionError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 422, "unknown-schema-version"),
     InvalidMetadataError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 422, "invalid-metadata"),
+    InvalidRequestError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 422, "invalid-request"),
     InvalidTenantError: FailureRow(_C.VALIDATION_ERROR, _S.WARNING, _D.REFUSE, 422, "invalid-tenant"),
     IdempotencyConflictError: FailureRow(_C.VALIDATION_ERROR, _S.WARNING, _D.PARK, 422, "idempotency-conflict"),
     InvalidStatusTransitionError: FailureRow(_C.WORKFLOW_ERROR, _S.ERROR, _D.PARK, 409, "invalid-transition"),
@@ -193,6 +202,7 @@ FAILURES: dict[type[RiskfleetError], FailureRow] = {
     TenantIsolationError: FailureRow(_C.POLICY_VIOLATION, _S.WARNING, _D.REFUSE, 403, "foreign-tenant"),
     EncryptionError: FailureRow(_C.INFRA_ERROR, _S.CRITICAL, _D.PARK, 503, "encryption"),
     NotKnownError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 404, "not-known"),
+    ConflictError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 409, "conflict"),
     LimitExceededError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "limit-exceeded"),
     InfrastructureError: FailureRow(_C.INFRA_ERROR, _S.ERROR, _D.PAUSE, 503, "not-known-to-be-accepted"),
     UnexpectedError: FailureRow(_C.UNEXPECTED_ERROR, _S.ERROR, _D.RETRY, 500, "unexpected"),

@@ -16,7 +16,7 @@ from contracts.codec import CARRIER_HEADER, Entry, carriers, encode_carrier, ent
 from contracts.events import canonical_json
 from contracts.failures import InvalidTenantError, UndecodableEntryError
 from contracts.labels import Label
-from contracts.ports import DeadLetter, DecisionRow, Message
+from contracts.ports import Confirm, DeadLetter, DecisionRow, Message
 from contracts.settlement import failure_headers
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
@@ -36,6 +36,11 @@ from contracts.topology import (
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
 PROBLEM_URN = "urn:riskfleet:problem:"
+
+
+def arrived(message: Message, confirm: Confirm) -> bool:
+    """Whether the broker has answered for a message: confirmed, or nobody binds what need not be bound."""
+    return confirm is Confirm.CONFIRMED or (confirm is Confirm.UNROUTABLE and not message.mandatory)
 
 
 def stage_message(entry: Entry, partitions: int) -> Message:

@@ -84,11 +84,14 @@ class Check(BaseModel):
 
 
 class Supersedes(BaseModel):
-    """The decision that this one replaces."""
+    """The decision that this one replaces: the highest revision known when it was made, 0 = none was decided yet.
+
+    Whatever revision the corrected event has, or gets later, is superseded all the same.
+    """
 
     model_config = _FROZEN
     event_id: str
-    revision: int
+    revision: int = Field(ge=0)
 
 
 class Decision(BaseModel):

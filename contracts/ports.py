@@ -7,7 +7,7 @@ InfrastructureError when its server does not answer; nothing else of a server le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -160,7 +160,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Move one claimed event on to the next version. `tombstone` keeps a few bytes instead of the state."""
+    """Move one claimed event on to the next version. `tombstone` keeps a few bytes instead of the state.
+
+    `status` is what `Peek` answers of a final version, whose number does not tell it; "" for the others.
+    """
 
     scope: TenantScope
     event_id: str
@@ -173,6 +176,7 @@ class Advance:
     stored: bytes
     output: bytes
     tombstone: bool = False
+    status: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,8 +448,12 @@ class Replies(Protocol):
         """The `reply_to` of entries whose decision somebody waits for here."""
         ...
 
-    async def wait(self, event_id: str, timeout_s: float) -> bytes | None:
-        """The decision's bytes, None after the timeout. A lost copy is a None, never an error."""
+    def wait(self, event_id: str, timeout_s: float) -> Awaitable[bytes | None]:
+        """The decision's bytes, None once `timeout_s` have passed. A lost copy is a None, never an error.
+
+        Whoever calls this is waiting from the call on, before it awaits the answer: call it, publish the entry,
+        then await. Cancel the answer, or let it time out, when the publish fails.
+        """
         ...
 
 

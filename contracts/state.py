@@ -39,9 +39,9 @@ class Thresholds(BaseModel):
 
     model_config = _FROZEN
     version: int = 1
-    review_from: float = Field(default=40, ge=0, le=100)
-    reject_from: float = Field(default=75, ge=0, le=100)
-    hard_limit: float = Field(default=90, ge=0, le=100)
+    review_from: float = Field(default=40.0, ge=0, le=100)
+    reject_from: float = Field(default=75.0, ge=0, le=100)
+    hard_limit: float = Field(default=90.0, ge=0, le=100)
     amount_limit: str | None = None
     auto_reject: bool = True
 

@@ -5,6 +5,7 @@ Consuming: FastStream subscribers (manual acks, explicit prefetch) hand deliveri
 consumer, which gives its handler whatever gathered while the previous group was worked on: when
 idle a group is one delivery, and nothing waits. An infrastructure failure pauses the loop; nothing is
 acked, and after `PausePolicy.return_after_s` the deliveries go back to the broker.
+Replies: an exclusive queue of this process for copies that may be lost; nothing is acked and nothing paused.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pamqp.commands import Basic
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Confirm, Delivery, Message
 from contracts.settlement import Ack, Pause, Settlement
+from contracts.topology import reply_queue
+from resilience.replies import ReplyBoard
 
 log = structlog.get_logger("rabbit")
 
@@ -37,6 +40,8 @@ Probe = Callable[[], Awaitable[None]]
 
 _CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
 _START_S = 15.0
+_REPLIES = 10_000
+"""Copies of decisions that may wait for a process to read them; the oldest are dropped beyond that."""
 
 
 class RabbitPublisher:
@@ -202,26 +207,10 @@ class RabbitConsumer:
             if self._broker is broker:
                 self._lost.set()
 
-        broker = RabbitBroker(
-            self._url,
-            graceful_timeout=5.0,
-            default_channel=Channel(prefetch_count=self._policy.prefetch),
-            apply_types=False,
-            logger=None,
-            log_level=logging.DEBUG,
-            reconnect_interval=0.5,
-            on_close=[lost],
-        )
+        broker = _consuming(self._url, self._policy.prefetch, lost)
         for queue in self._queues:
             self._attach(broker, queue)
-        try:
-            async with asyncio.timeout(_START_S):
-                await broker.start()
-        except _CLIENT_ERRORS as error:
-            await _close(broker)
-            raise MessagingFailureError(
-                f"cannot consume ({type(error).__name__}); is RabbitMQ up, and was 'riskfleet topology apply' run?"
-            ) from error
+        await _start(broker)
         self._broker = broker
 
     async def _watch(self) -> None:
@@ -246,14 +235,11 @@ class RabbitConsumer:
             message: RabbitMessage = broker.context.get_local("message")
             self._waiting.put_nowait(_Held(self._delivery(queue, message), message))
 
-        async def decode(message: RabbitMessage) -> bytes:
-            return bytes(message.body)
-
         subscriber = broker.subscriber(
             RabbitQueue(queue, declare=False),
             ack_policy=AckPolicy.MANUAL,
             no_reply=True,
-            decoder=decode,
+            decoder=_raw_body,
         )
         subscriber(receive)
         return subscriber
@@ -381,6 +367,116 @@ class RabbitConsumer:
         broker, self._broker = self._broker, None
         if broker is not None:
             await _close(broker)
+
+
+class RabbitReplies:
+    """Replies over an exclusive queue of this process, on a connection of its own: the port of that name.
+
+    Promises that whoever waits gets a copy that arrives; nothing about copies that are sent while the connection
+    is lost. The queue dies with its connection and is declared afresh with the next one, so it is never a leftover.
+    """
+
+    def __init__(self, url: str, boot: str) -> None:
+        """`boot` names this process and nobody else. Nothing is connected before `start()`."""
+        self._url = url
+        self._address = reply_queue(boot)
+        self._board = ReplyBoard()
+        self._broker: RabbitBroker | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+
+    @property
+    def address(self) -> str:
+        """The name of the queue."""
+        return self._address
+
+    async def start(self) -> None:
+        """Connect and declare the queue. Raises MessagingFailureError when the broker does not answer."""
+        await self._subscribe()
+        self._watcher = asyncio.create_task(self._watch(), name="replies-watch")
+
+    def wait(self, event_id: str, timeout_s: float) -> asyncio.Future[bytes | None]:
+        """The next copy of this event's decision, None after `timeout_s`; waiting begins with the call."""
+        return self._board.wait(event_id, timeout_s)
+
+    async def _subscribe(self) -> None:
+        def lost(*_: object) -> None:
+            if self._broker is broker:
+                self._lost.set()
+
+        async def receive(body: bytes) -> None:
+            message: RabbitMessage = broker.context.get_local("message")
+            self._board.answer(str(message.headers.get("event_id")), body)
+
+        broker = _consuming(self._url, _REPLIES, lost)
+        queue = RabbitQueue(
+            self._address,
+            durable=False,
+            exclusive=True,
+            auto_delete=True,
+            declare=True,
+            arguments={"x-max-length": _REPLIES},  # a process that hangs must not fill the broker's memory
+        )
+        broker.subscriber(queue, ack_policy=AckPolicy.ACK_FIRST, no_reply=True, decoder=_raw_body)(receive)
+        await _start(broker)
+        self._broker = broker
+
+    async def _watch(self) -> None:
+        """After a lost connection subscribe afresh; the broker may hold the old queue until it has missed it too."""
+        pause = PausePolicy()
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            log.warning("replies.lost", queue=self._address)
+            await self._disconnect()
+            wait = pause.first_probe_s
+            while self._broker is None:
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, pause.longest_probe_s)
+                with contextlib.suppress(MessagingFailureError):
+                    await self._subscribe()
+            log.info("replies.subscribed", queue=self._address)
+
+    async def _disconnect(self) -> None:
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            await _close(broker)
+
+    async def close(self) -> None:
+        """Close the connection; whoever still waits is answered None at once."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self._board.close()
+        await self._disconnect()
+
+
+def _consuming(url: str, prefetch: int, lost: Callable[..., None]) -> RabbitBroker:
+    """A broker for raw bodies, not yet connected; `lost` is called when its connection closes."""
+    return RabbitBroker(
+        url,
+        graceful_timeout=5.0,
+        default_channel=Channel(prefetch_count=prefetch),
+        apply_types=False,
+        logger=None,
+        log_level=logging.DEBUG,
+        reconnect_interval=0.5,
+        on_close=[lost],
+    )
+
+
+async def _raw_body(message: RabbitMessage) -> bytes:
+    return bytes(message.body)
+
+
+async def _start(broker: RabbitBroker) -> None:
+    try:
+        async with asyncio.timeout(_START_S):
+            await broker.start()
+    except _CLIENT_ERRORS as error:
+        await _close(broker)
+        raise MessagingFailureError(
+            f"cannot consume ({type(error).__name__}); is RabbitMQ up, and was 'riskfleet topology apply' run?"
+        ) from error
 
 
 async def _close(broker: RabbitBroker) -> None:

@@ -19,34 +19,16 @@ from typing import Any
 import orjson
 import structlog
 
-from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of, state_from_bytes
-from contracts.failures import (
-    DatabaseError,
-    IdempotencyConflictError,
-    InfrastructureError,
-    InvalidWorkflowStateError,
-    MessagingFailureError,
-    RiskfleetError,
-    UndecodableEntryError,
-    classify,
-    problem_document,
-)
+from contracts.codec import Entry, entry_of, state_from_bytes
+from contracts.failures import DatabaseError, InfrastructureError, InvalidWorkflowStateError
 from contracts.lifecycle import FINAL_VERSION, Status
-from contracts.messages import (
-    audit_message,
-    decision_message,
-    ladder_message,
-    parked_message,
-    rejection_message,
-    stage_message,
-)
+from contracts.messages import ladder_message, stage_message
 from contracts.ports import (
     Advance,
     Claim,
     ClaimRequest,
     ClaimVerdict,
     Clock,
-    Confirm,
     DecisionRow,
     Delivery,
     Held,
@@ -58,17 +40,14 @@ from contracts.ports import (
     Telemetry,
 )
 from contracts.settlement import Ack, Pause, Settlement
-from contracts.state import AuditRecord, EventState
+from contracts.state import EventState
 from contracts.telemetry import (
     APPROVALS_OPENED,
     DECISIONS,
     DUPLICATES,
     END_TO_END_SECONDS,
     EXECUTIONS,
-    FAILURES,
     LOCK_WAITS,
-    PARKED,
-    RETRIES,
     STAGE_SECONDS,
     STALE_WRITES,
     SUSPECTS,
@@ -76,8 +55,10 @@ from contracts.telemetry import (
     Metric,
 )
 from contracts.topology import STAGES, Stage
+from workers.failing import Failures
+from workers.outgoing import Outgoing, Wave
 from workers.pipeline import stage_of
-from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park_bytes
+from workers.settling import RetryPolicy
 from workers.stages import StagePorts, Step
 
 log = structlog.get_logger("runner")
@@ -120,23 +101,6 @@ class _Claimed:
         return Held(self.state.scope, self.state.event_id, self.token)
 
 
-@dataclass(slots=True)
-class _Wave:
-    """What one pass over some entries has gathered to publish, and the locks that it holds.
-
-    `lost` their lock on the way; `waiting` = on the ladder, until another's lock ends.
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    records: list[AuditRecord] = field(default_factory=list)
-    held: dict[tuple[str, str], Held] = field(default_factory=dict)
-    lost: list[Entry] = field(default_factory=list)
-    waiting: list[Entry] = field(default_factory=list)
-
-    def let_go(self, held: Held) -> None:
-        self.held.pop((held.scope.tenant_id, held.event_id), None)
-
-
 class StageRunner:
     """Runs one stage. `handle` takes the deliveries that gathered and answers one settlement for each."""
 
@@ -146,6 +110,8 @@ class StageRunner:
         self._ports = ports
         self._partitions = partitions
         self._policy = policy or RunnerPolicy()
+        self._failures = Failures(stage, self._policy.retry, partitions, ports.telemetry, ports.clock)
+        self._outgoing = Outgoing(ports.publisher, partitions, self._policy.publish_tries, ports.telemetry)
 
     # --- a delivery ---------------------------------------------------------------------------------
 
@@ -153,16 +119,16 @@ class StageRunner:
         """Settle some deliveries together. Never raises for what an entry contains."""
         began = self._ports.clock.monotonic()
         try:
-            alone, together, wave = [], [], _Wave()
+            alone, together, wave = [], [], Wave()
             for delivery in deliveries:
-                entries = self._unpack(delivery, wave)
+                entries = self._failures.unpack(delivery, wave)
                 if any(entry.header.suspect for entry in entries):
                     alone += entries
                 elif delivery.redelivered and not delivery.seen:
                     together += await self._triage(entries, wave)
                 else:
                     together += entries
-            await self._publish(wave)
+            await self._outgoing.publish(wave)
             for group in _without_twins(together):
                 await self._isolated(group)
             for entry in alone:
@@ -173,37 +139,7 @@ class StageRunner:
         self._measure(STAGE_SECONDS, self._ports.clock.monotonic() - began, stage=self._stage)
         return [Ack()] * len(deliveries)
 
-    def _unpack(self, delivery: Delivery, wave: _Wave) -> list[Entry]:
-        """The entries of a carrier. What cannot be read is parked: a carrier whole, an entry alone."""
-        now = self._now()
-        try:
-            items = decode_carrier(delivery.body)
-        except UndecodableEntryError as error:
-            self._park(park_bytes(delivery.body, self._stage, error, now), wave)
-            return []
-        entries = []
-        for item in items:
-            if isinstance(item, UndecodableEntryError):
-                self._park(park_bytes(delivery.body, self._stage, item, now), wave)
-                continue
-            problem = self._misfit(item, now)
-            if problem is None:
-                entries.append(item)
-            else:
-                self._park(problem, wave)
-        return entries
-
-    def _misfit(self, entry: Entry, now: str) -> Park | None:
-        """The dead letter of an entry that this stage cannot hold; without a valid tenant it is nobody's."""
-        try:
-            entry.header.scope  # noqa: B018 - validates the tenant id
-        except RiskfleetError as error:
-            return park_bytes(encode_carrier((entry,)), self._stage, error, now)
-        if entry.header.stage != self._stage or entry.header.n != STAGES.index(self._stage):
-            return park(entry, InvalidWorkflowStateError("the entry is addressed to another stage"), now)
-        return None
-
-    async def _triage(self, entries: list[Entry], wave: _Wave) -> list[Entry]:
+    async def _triage(self, entries: list[Entry], wave: Wave) -> list[Entry]:
         """Redelivered: go on when the holder lives, else send each entry round once more, alone, as a suspect."""
         found = await self._ports.state_store.peek([(e.header.scope, e.header.event) for e in entries])
         holders = [peek.holder if peek else "" for peek in found]
@@ -223,10 +159,9 @@ class StageRunner:
         deaths = await store.begin_alone(h.scope, h.event, self._stage)
         settled = True
         if deaths >= self._policy.suspect_deaths:
-            wave = _Wave()
-            error = InvalidWorkflowStateError(f"{deaths} processes died while they ran this entry alone")
-            self._park(park(entry, error, self._now()), wave)
-            await self._publish(wave)
+            wave = Wave()
+            self._failures.die(entry, deaths, wave)
+            await self._outgoing.publish(wave)
         else:
             settled = await self._isolated([entry])
         if settled:  # an entry that waits for its dead holder's lease must not lose its count
@@ -242,9 +177,9 @@ class StageRunner:
             raise
         except Exception as error:  # noqa: BLE001 - isolated below
             if len(entries) == 1:
-                wave = _Wave()
-                self._fail(entries[0], error, wave)
-                await self._publish(wave)
+                wave = Wave()
+                self._failures.fail(entries[0], error, wave)
+                await self._outgoing.publish(wave)
                 return True
         return all([await self._isolated([entry]) for entry in entries])
 
@@ -263,15 +198,15 @@ class StageRunner:
             left = wave.lost
         if not left:
             return settled
-        wave = _Wave()
+        wave = Wave()
         for entry in left:
             wave.messages.append(ladder_message(entry, self._policy.retry.waits_ms[0], self._partitions))
-        await self._publish(wave)
+        await self._outgoing.publish(wave)
         return False
 
-    async def _pass(self, entries: Sequence[Entry]) -> _Wave:
+    async def _pass(self, entries: Sequence[Entry]) -> Wave:
         """One pass: claim … publish. Answers its wave, which names the entries that lost their lock or wait."""
-        wave = _Wave()
+        wave = Wave()
         try:
             claimable = await self._own_identities(entries, wave) if self._stage is Stage.RETRIEVAL else entries
             claimed = await self._claim(claimable, wave)
@@ -282,29 +217,28 @@ class StageRunner:
                 await self._advance(worked, wave)
         finally:
             await self._ports.state_store.release(list(wave.held.values()))
-        await self._publish(wave)
+        await self._outgoing.publish(wave)
         return wave
 
-    async def _own_identities(self, entries: Sequence[Entry], wave: _Wave) -> list[Entry]:
+    async def _own_identities(self, entries: Sequence[Entry], wave: Wave) -> list[Entry]:
         """PostgreSQL says who owns each identity, before anything is claimed: Redis may have forgotten."""
         readable: list[tuple[Entry, EventState]] = []
         for entry in entries:
-            state = self._decode(entry, entry.body, wave)
+            state = self._failures.decode(entry, entry.body, wave)
             if state is not None:
                 readable.append((entry, state))
         rows = await self._ports.ledger.record_events([state for _, state in readable]) if readable else []
         owned = []
         for (entry, state), row in zip(readable, rows, strict=True):
             if row.body_digest != state.body_digest:
-                self._park(park(entry, IdempotencyConflictError(), self._now()), wave)
-                self._reject(entry, state, wave)
+                self._failures.conflict(entry, wave, state)
             elif row.decision is not None:
                 self._already_decided(entry, row.decision, wave)
             else:
                 owned.append(entry)
         return owned
 
-    async def _claim(self, entries: Sequence[Entry], wave: _Wave) -> list[_Claimed]:
+    async def _claim(self, entries: Sequence[Entry], wave: Wave) -> list[_Claimed]:
         """The claim table. What Redis does not know is looked up in PostgreSQL before it is installed."""
         if not entries:
             return []
@@ -327,7 +261,7 @@ class StageRunner:
                 claimed.append(mine)
         return claimed
 
-    async def _claims(self, requests: Sequence[ClaimRequest], wave: _Wave) -> list[tuple[Entry, Claim]]:
+    async def _claims(self, requests: Sequence[ClaimRequest], wave: Wave) -> list[tuple[Entry, Claim]]:
         claims = await self._ports.state_store.claim(requests, self._ports.ids.token())
         for request, claim in zip(requests, claims, strict=True):
             if claim.verdict in (ClaimVerdict.GO, ClaimVerdict.TWIN, ClaimVerdict.INSTALLED):
@@ -335,7 +269,7 @@ class StageRunner:
                 wave.held[h.tenant, h.event] = Held(h.scope, h.event, claim.token)
         return [(request.entry, claim) for request, claim in zip(requests, claims, strict=True)]
 
-    async def _apply(self, entry: Entry, claim: Claim, wave: _Wave) -> _Claimed | None:
+    async def _apply(self, entry: Entry, claim: Claim, wave: Wave) -> _Claimed | None:
         if claim.verdict is ClaimVerdict.DONE:
             await self._already_done(entry, claim, wave)
             return None
@@ -348,10 +282,10 @@ class StageRunner:
             raise InvalidWorkflowStateError("a claim without stored bytes")
         if claim.verdict is ClaimVerdict.TWIN:
             log.info("state.twin", stage=self._stage, tenant=entry.header.tenant, event_id=entry.header.event)
-        state = self._decode(entry, claim.stored, wave)
+        state = self._failures.decode(entry, claim.stored, wave)
         return None if state is None else _Claimed(entry, state, claim.token, claim.owes_trail)
 
-    async def _work(self, claimed: Sequence[_Claimed], wave: _Wave) -> list[tuple[_Claimed, EventState]]:
+    async def _work(self, claimed: Sequence[_Claimed], wave: Wave) -> list[tuple[_Claimed, EventState]]:
         """Gather together, decide one by one, and make version n+1. A failure is its entry's own."""
         worked = []
         for kind in sorted({c.state.KIND for c in claimed}):
@@ -365,11 +299,11 @@ class StageRunner:
                     new = item.state.transition(step.target, step.section, stage=self._stage, detail=step.detail)
                     worked.append((item, new))
                 except Exception as error:  # noqa: BLE001 - a stage's defect is its entry's failure
-                    self._fail(item.entry, error, wave)
+                    self._failures.fail(item.entry, error, wave)
         return worked
 
     async def _gathered(
-        self, gather: Callable[..., object], group: Sequence[_Claimed], wave: _Wave
+        self, gather: Callable[..., object], group: Sequence[_Claimed], wave: Wave
     ) -> list[tuple[_Claimed, object]]:
         """Facts for a group; when the group fails as a whole, for each entry alone, so that one harms no other."""
         try:
@@ -379,11 +313,11 @@ class StageRunner:
             raise
         except Exception as error:  # noqa: BLE001 - isolated below
             if len(group) == 1:
-                self._fail(group[0].entry, error, wave)
+                self._failures.fail(group[0].entry, error, wave)
                 return []
         return [pair for item in group for pair in await self._gathered(gather, [item], wave)]
 
-    async def _commit(self, worked: Sequence[tuple[_Claimed, EventState]], wave: _Wave) -> None:
+    async def _commit(self, worked: Sequence[tuple[_Claimed, EventState]], wave: Wave) -> None:
         """Decision only: PostgreSQL stands between decide and advance; only what was read back is used."""
         if not worked:
             return
@@ -392,8 +326,7 @@ class StageRunner:
         by_event: dict[tuple[str, str], tuple[DecisionRow, bool]] = {}
         for (item, new), row in zip(worked, rows, strict=True):
             if row.body_digest != new.body_digest:
-                self._park(park(item.entry, IdempotencyConflictError(), self._now()), wave)
-                self._reject(item.entry, new, wave)
+                self._failures.conflict(item.entry, wave, new)
                 continue
             decided = state_from_bytes(row.state)
             by_event[new.scope.tenant_id, new.event_id] = (row, decided.digest == new.digest)
@@ -402,17 +335,17 @@ class StageRunner:
                 self._count_decision(new)
         for item, decided in await self._advanced(final, wave):
             row, mine = by_event[decided.scope.tenant_id, decided.event_id]
-            wave.messages.append(decision_message(decided.scope, decided.KIND, row, decided.correlation_id))
+            wave.decided(item.entry, decided, row)
             wave.records += decided.records(0 if item.owes_trail or not mine else FINAL_VERSION)
 
-    async def _advance(self, worked: Sequence[tuple[_Claimed, EventState]], wave: _Wave) -> None:
+    async def _advance(self, worked: Sequence[tuple[_Claimed, EventState]], wave: Wave) -> None:
         for item, new in await self._advanced(worked, wave):
             first = self._first_owed(item)
             wave.messages.append(self._next_message(new, item.entry.header.reply_to))
             wave.records += new.records(first)
 
     async def _advanced(
-        self, worked: Sequence[tuple[_Claimed, EventState]], wave: _Wave
+        self, worked: Sequence[tuple[_Claimed, EventState]], wave: Wave
     ) -> list[tuple[_Claimed, EventState]]:
         """Advance all in one call; an entry whose lock is gone is LOST and claimed again."""
         if not worked:
@@ -451,7 +384,7 @@ class StageRunner:
 
     # --- already done: re-publish what is stored, never recompute -------------------------------------
 
-    async def _already_done(self, entry: Entry, claim: Claim, wave: _Wave) -> None:
+    async def _already_done(self, entry: Entry, claim: Claim, wave: Wave) -> None:
         """Redis is further on: the stored version's output again, and every record that this stage owes."""
         if claim.stored is None:
             h = entry.header
@@ -462,90 +395,28 @@ class StageRunner:
                 )
             self._already_decided(entry, row, wave)
             return
-        state = self._decode(entry, claim.stored, wave)
+        state = self._failures.decode(entry, claim.stored, wave)
         if state is None:
             return
         owed: dict[str, Any] = orjson.loads(claim.output) if claim.output else {"first": 0, "reply_to": None}
         first = 0 if self._stage is Stage.RETRIEVAL else entry.header.n + 1
-        wave.messages.append(self._next_message(state, owed["reply_to"]))
+        # The caller of this very entry waits, whoever sent the one that was stored.
+        wave.messages.append(self._next_message(state, entry.header.reply_to or owed["reply_to"]))
         wave.records += state.records(min(first, owed["first"]))
         self._measure(DUPLICATES, stage=self._stage)
 
-    def _already_decided(self, entry: Entry, row: DecisionRow, wave: _Wave) -> None:
+    def _already_decided(self, entry: Entry, row: DecisionRow, wave: Wave) -> None:
         """PostgreSQL has decided: the row's decision again, and its whole trail."""
         state = state_from_bytes(row.state)
         if row.body_digest != entry.header.body_digest:
-            self._park(park(entry, IdempotencyConflictError(), self._now()), wave)
+            self._failures.conflict(entry, wave)
             return
-        wave.messages.append(decision_message(state.scope, state.KIND, row, state.correlation_id))
+        wave.decided(entry, state, row)
         wave.records += state.records()
         self._measure(DUPLICATES, stage=self._stage)
 
     def _next_message(self, state: EventState, reply_to: str | None) -> Message:
         return stage_message(entry_of(state, STAGES[state.n], reply_to), self._partitions)
-
-    # --- failures ---------------------------------------------------------------------------------------
-
-    def _decode(self, entry: Entry, stored: bytes, wave: _Wave) -> EventState | None:
-        try:
-            state = state_from_bytes(stored)
-            if (state.scope.tenant_id, state.event_id) != (entry.header.tenant, entry.header.event):
-                raise InvalidWorkflowStateError("an entry's header names another event than its bytes")
-        except RiskfleetError as error:
-            self._fail(entry, error, wave)
-            return None
-        return state
-
-    def _fail(self, entry: Entry, error: BaseException, wave: _Wave) -> None:
-        if isinstance(error, InfrastructureError):
-            raise error
-        log.warning(
-            "entry.failed",
-            stage=self._stage,
-            tenant=entry.header.tenant,
-            event_id=entry.header.event,
-            attempts=entry.header.attempts + 1,
-            category=str(classify(error).category),
-            exception_class=type(error).__name__,
-        )
-        self._measure(FAILURES, stage=self._stage, category=str(classify(error).category))
-        verdict = after_failure(entry, error, self._policy.retry, self._now())
-        if isinstance(verdict, Retry):
-            wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._partitions))
-            self._measure(RETRIES, stage=self._stage, category=str(classify(error).category))
-        else:
-            self._park(verdict, wave)
-
-    def _park(self, verdict: Park, wave: _Wave) -> None:
-        wave.messages.append(parked_message(verdict.letter, self._stage))
-        wave.records.append(verdict.record)
-        self._measure(PARKED, stage=self._stage, category=verdict.letter.category)
-
-    def _reject(self, entry: Entry, state: EventState, wave: _Wave) -> None:
-        """Tell the sender of another body under a taken identity; nobody gets the decision of another body."""
-        document = problem_document(
-            IdempotencyConflictError(),
-            event_id=state.event_id,
-            id=state.event.id,
-            correlation_id=state.correlation_id,
-        )
-        message_id = f"rejected:{entry.header.event}:{entry.header.body_digest[:16]}"
-        wave.messages.append(
-            rejection_message(state.scope, document, message_id=message_id, correlation_id=state.correlation_id)
-        )
-
-    # --- publishing ---------------------------------------------------------------------------------------
-
-    async def _publish(self, wave: _Wave) -> None:
-        """Everything confirmed, or MessagingFailureError. Unknown means: the same message again."""
-        pending = [*wave.messages, *audit_message(_unique(wave.records), self._partitions)]
-        for _ in range(self._policy.publish_tries):
-            if not pending:
-                return
-            confirms = await self._ports.publisher.publish(pending)
-            pending = [m for m, confirm in zip(pending, confirms, strict=True) if confirm is not Confirm.CONFIRMED]
-        if pending:
-            raise MessagingFailureError(f"{len(pending)} messages of stage {self._stage} were not confirmed")
 
     # --- small ----------------------------------------------------------------------------------------------
 
@@ -577,7 +448,3 @@ def _without_twins(entries: Iterable[Entry]) -> list[list[Entry]]:
             groups.append(target := {})
         target[key] = entry
     return [list(group.values()) for group in groups]
-
-
-def _unique(records: Iterable[AuditRecord]) -> list[AuditRecord]:
-    return list({record.record_id: record for record in records}.values())

@@ -69,13 +69,16 @@ def park(entry: Entry, error: BaseException, now: str) -> Park:
     return Park(letter, record_of(letter))
 
 
-def park_bytes(body: bytes, stage: str, error: BaseException, now: str) -> Park:
-    """The dead letter of bytes that no entry could be read from: it belongs to no tenant."""
+def park_bytes(
+    body: bytes, stage: str, error: BaseException, now: str, whose: tuple[TenantScope, str] | None = None
+) -> Park:
+    """The dead letter of bytes that are no entry. It belongs to no tenant and event unless `whose` names them."""
     row = classify(error)
+    scope, event_id = whose or (None, "")
     letter = DeadLetter(
         letter_id=_id(stage, hashlib.sha256(body).hexdigest()),
-        scope=None,
-        event_id="",
+        scope=scope,
+        event_id=event_id,
         stage=stage,
         category=str(row.category),
         problem=row.problem,

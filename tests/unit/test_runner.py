@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -19,18 +19,30 @@ from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of, sta
 from contracts.events import parse_event
 from contracts.failures import InvalidWorkflowStateError, ModelNotApprovedError, StateStoreError
 from contracts.lifecycle import Status
-from contracts.messages import stage_message
-from contracts.ports import Advance, DecisionRow, Delivery
+from contracts.messages import stage_message, undelivered
+from contracts.ports import Advance, Confirm, DecisionRow, Delivery, Message
 from contracts.settlement import Ack, Pause, Settlement, letter_from
 from contracts.state import EventState, begin
 from contracts.tenancy import TenantScope
-from contracts.topology import RUNGS, STAGES, Stage, rung_exchange, stage_queue
+from contracts.topology import (
+    DECISIONS,
+    DELIVERY_QUEUE,
+    REJECTED,
+    RUNGS,
+    STAGES,
+    Stage,
+    reply_queue,
+    rung_exchange,
+    stage_queue,
+)
 from tests.fakes import CountingIds, RecordingTelemetry, SteppingClock
 from tests.fakes_state import CrashError, DefaultsRegistry, StateWorld, TwinBroker, TwinLedger, TwinStateStore
 from workers.pipeline import stage_of
 from workers.runner import RunnerPorts, StageRunner
 from workers.settling import RetryPolicy
+from workers.sinks.delivery import DeliverySink
 from workers.stages import StagePorts
+from workers.stages.decision import DecisionFacts
 
 ACME, GLOBEX = TenantScope("acme"), TenantScope("globex")
 EVENT = "e" * 32
@@ -331,7 +343,7 @@ async def test_a_decider_that_was_overtaken_after_its_lease_publishes_the_winner
 
 
 def _decided(fleet: Fleet, state: EventState) -> EventState:
-    step = stage_of(state.KIND, DECISION).decide(state, None, fleet.clock.now().isoformat(), lambda: 0.0)
+    step = stage_of(state.KIND, DECISION).decide(state, DecisionFacts(), fleet.clock.now().isoformat(), lambda: 0.0)
     return state.transition(step.target, step.section, stage=DECISION, detail=step.detail)
 
 
@@ -648,13 +660,270 @@ async def test_a_server_that_is_down_pauses_and_counts_no_attempt(stage: Stage, 
     assert not fleet.broker.parked() + fleet.broker.ladder()
 
 
+# --- upstream that does not take its decisions, callers that wait -----------------------------------------
+
+
+def take_all(message: Message) -> Confirm | None:
+    return None
+
+
+def refuse_decisions(message: Message) -> Confirm | None:
+    return Confirm.REFUSED if message.exchange == DECISIONS else None
+
+
+@dataclass
+class PickyBroker(TwinBroker):
+    """Answers some messages otherwise than "confirmed"; what it does not confirm it does not have."""
+
+    picky: Callable[[Message], Confirm | None] = take_all
+    asked: list[Message] = field(default_factory=list)
+
+    async def publish(self, messages: Sequence[Message]) -> Sequence[Confirm]:
+        self.asked += messages
+        answers = [self.picky(message) for message in messages]
+        confirms = iter(
+            await super().publish([m for m, answer in zip(messages, answers, strict=True) if answer is None])
+        )
+        return [answer or next(confirms) for answer in answers]
+
+    def delivery_rounds(self) -> list[Message]:
+        return [message for message in self.ladder() if message.routing_key == DELIVERY_QUEUE]
+
+
+def picky_fleet(picky: Callable[[Message], Confirm | None]) -> tuple[Fleet, PickyBroker]:
+    broker = PickyBroker(picky=picky)
+    return Fleet(broker=broker), broker
+
+
+@pytest.mark.parametrize(("answer", "tries"), [(Confirm.REFUSED, 1), (Confirm.UNKNOWN, 3)])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_decision_that_the_broker_does_not_take_holds_up_no_stage(
+    answer: Confirm, tries: int, late: bool
+) -> None:
+    fleet, broker = picky_fleet(lambda message: answer if message.exchange == DECISIONS else None)
+    body = await fleet.to(DECISION)
+    if late:  # the same delivery again, decided already
+        assert await fleet.worker.deliver(DECISION, body) == Ack()
+        broker.messages.clear()
+        broker.asked.clear()
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    (sent,) = broker.delivery_rounds()
+    assert sent.exchange == rung_exchange("1s")
+    asked = [message for message in broker.asked if message.exchange == DECISIONS]
+    assert len(asked) == tries
+    assert undelivered(sent.headers, sent.body) == (asked[0], 1)
+    row = fleet.ledger.rows[ACME, EVENT]
+    assert sent.body == row.decision
+    assert {record.record_id for record in state_from_bytes(row.state).records()} >= broker.audited()
+    assert fleet.telemetry.count("riskfleet_decision_deliveries_total", result="again") == 1 + late
+
+
+async def test_an_unroutable_decision_is_delivered_to_everybody_who_wants_it() -> None:
+    fleet, broker = picky_fleet(lambda message: Confirm.UNROUTABLE if message.exchange == DECISIONS else None)
+    body = await fleet.to(DECISION)
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    assert not broker.delivery_rounds()
+
+
+async def test_an_unroutable_entry_is_not_sent() -> None:
+    fleet, _ = picky_fleet(lambda message: Confirm.UNROUTABLE if ".scoring." in message.routing_key else None)
+    body = await fleet.to(RETRIEVAL)
+    assert await fleet.worker.deliver(RETRIEVAL, body) == Pause("MessagingFailureError")
+
+
+async def test_a_rejection_that_the_broker_refuses_holds_up_no_stage() -> None:
+    fleet, broker = picky_fleet(lambda message: Confirm.REFUSED if message.exchange == REJECTED else None)
+    await fleet.to(SCORING)
+    newcomer = new_state(amount={"value": "99999.00", "currency": "EUR"})
+    carrier = encode_carrier([entry_of(newcomer, RETRIEVAL)])
+    assert await fleet.worker.deliver(RETRIEVAL, carrier) == Ack()
+    (sent,) = broker.delivery_rounds()
+    assert undelivered(sent.headers, sent.body)[0].routing_key == "acme.idempotency-conflict"
+
+
+@pytest.mark.parametrize("ladder", [Confirm.REFUSED, Confirm.UNKNOWN, Confirm.UNROUTABLE])
+async def test_a_delivery_ladder_that_does_not_confirm_pauses_the_stage(ladder: Confirm) -> None:
+    def picky(message: Message) -> Confirm | None:
+        return {DECISIONS: Confirm.REFUSED, rung_exchange("1s"): ladder}.get(message.exchange)
+
+    fleet, broker = picky_fleet(picky)
+    body = await fleet.to(DECISION)
+    assert await fleet.worker.deliver(DECISION, body) == Pause("MessagingFailureError")
+    broker.picky = take_all
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    fleet.check_settled()
+
+
+@pytest.mark.parametrize("unconfirmed", [".audit.", ""])
+async def test_the_ladder_is_only_for_decisions_while_all_else_is_confirmed(unconfirmed: str) -> None:
+    """A broker that confirms nothing is down, and no ladder helps; a record that is not confirmed is owed as ever."""
+
+    def picky(message: Message) -> Confirm | None:
+        owed = message.exchange == DECISIONS or unconfirmed in message.routing_key
+        return Confirm.REFUSED if owed and ".retry." not in message.exchange else None
+
+    fleet, broker = picky_fleet(take_all)
+    body = await fleet.to(DECISION)
+    broker.picky = picky
+    assert await fleet.worker.deliver(DECISION, body) == Pause("MessagingFailureError")
+    assert not broker.delivery_rounds()
+    broker.picky = take_all
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    fleet.check_settled()
+
+
+def asking(state: EventState, reply_to: str, stage: Stage = RETRIEVAL) -> bytes:
+    return encode_carrier([entry_of(state, stage, reply_to)])
+
+
+def replies(fleet: Fleet, reply_to: str) -> list[Message]:
+    return [m for m in fleet.broker.messages if m.exchange == "" and m.routing_key == reply_to]
+
+
+HERE, THERE = reply_queue("here"), reply_queue("there")
+
+
+async def test_a_waiting_caller_gets_one_transient_copy_of_the_decision() -> None:
+    fleet = Fleet()
+    assert await fleet.worker.deliver(RETRIEVAL, asking(new_state(), HERE)) == Ack()
+    await fleet.drain()
+    fleet.check_settled()
+    (reply,) = replies(fleet, HERE)
+    (decision,) = fleet.broker.decisions()
+    assert (reply.body, reply.headers) == (decision.body, decision.headers)
+    assert (reply.persistent, reply.mandatory, reply.confirm) == (False, False, False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("wiped", [True, False])
+async def test_the_caller_of_a_repeat_gets_its_copy_too(stage: Stage, wiped: bool) -> None:
+    fleet = Fleet()
+    body = await fleet.to(stage)
+    fleet.broker.queues[stage_queue(stage, 0)].append(body)
+    await fleet.drain()
+    if wiped:
+        fleet.world.flush()
+    repeat = encode_carrier([entry_in(body).evolve(reply_to=THERE)])
+    assert await fleet.worker.deliver(stage, repeat) == Ack()
+    assert [reply.body for reply in replies(fleet, THERE)] == [fleet.ledger.rows[ACME, EVENT].decision]
+
+
+@pytest.mark.parametrize("stage", [RETRIEVAL, SCORING, GUARDRAIL])
+async def test_a_repeat_that_overtakes_nothing_still_carries_its_own_caller(stage: Stage) -> None:
+    """The event is further on and undecided: what is stored goes out again, for the caller of this very entry."""
+    fleet = Fleet()
+    body = await fleet.to(stage)
+    assert await fleet.worker.deliver(stage, encode_carrier([entry_in(body).evolve(reply_to=HERE)])) == Ack()
+    assert await fleet.worker.deliver(stage, encode_carrier([entry_in(body).evolve(reply_to=THERE)])) == Ack()
+    assert await fleet.worker.deliver(stage, body) == Ack()
+    await fleet.drain()
+    assert replies(fleet, HERE)
+    assert len(replies(fleet, THERE)) == 1
+
+
+@pytest.mark.parametrize("reply_to", ["risk.v1.parked.decision", "risk.v1.decision.p00", "amq.gen-1", ""])
+async def test_only_a_gateways_own_queue_gets_copies(reply_to: str) -> None:
+    fleet = Fleet()
+    assert await fleet.worker.deliver(RETRIEVAL, asking(new_state(), reply_to)) == Ack()
+    await fleet.drain()
+    fleet.check_settled()
+    assert not [message for message in fleet.broker.messages if message.exchange == ""]
+
+
+async def test_nobody_gets_a_copy_of_the_decision_about_another_body() -> None:
+    fleet = Fleet()
+    fleet.submit(new_state())
+    await fleet.drain()
+    newcomer = new_state(amount={"value": "99999.00", "currency": "EUR"})
+    for wiped in (False, True):
+        if wiped:
+            fleet.world.flush()
+        assert await fleet.worker.deliver(RETRIEVAL, asking(newcomer, HERE)) == Ack()
+    assert not replies(fleet, HERE)
+
+
+@pytest.mark.parametrize("stage", [SCORING, GUARDRAIL, DECISION])
+async def test_another_body_further_down_gets_neither_the_decision_nor_a_copy(stage: Stage) -> None:
+    """Its owner decided while Redis forgot both: the row says whose decision it is."""
+    fleet, elsewhere = Fleet(), Fleet()
+    newcomer = await elsewhere.to(stage, new_state(amount={"value": "99999.00", "currency": "EUR"}))
+    fleet.submit(new_state())
+    await fleet.drain()
+    fleet.world.flush()
+    before = len(fleet.broker.decisions())
+    asked = encode_carrier([entry_in(newcomer).evolve(reply_to=HERE)])
+    assert await fleet.worker.deliver(stage, asked) == Ack()
+    assert len(fleet.broker.parked()) == 1
+    assert (len(fleet.broker.decisions()), replies(fleet, HERE)) == (before, [])
+
+
+async def test_a_lost_copy_is_nothing() -> None:
+    fleet, broker = picky_fleet(lambda message: Confirm.UNKNOWN if message.exchange == "" else None)
+    assert await fleet.worker.deliver(RETRIEVAL, asking(new_state(), HERE)) == Ack()
+    await fleet.drain()
+    fleet.check_settled()
+    assert len([message for message in broker.asked if message.exchange == ""]) == 1
+    assert not broker.ladder()
+
+
+async def test_a_copy_is_sent_once_however_often_its_wave_is() -> None:
+    fleet, broker = picky_fleet(take_all)
+    assert await fleet.worker.deliver(RETRIEVAL, asking(new_state(), HERE)) == Ack()
+    await fleet.drain(GUARDRAIL)
+    broker.lost = 2
+    assert await fleet.worker.deliver(DECISION, fleet.take(DECISION)) == Ack()
+    fleet.check_settled()
+    assert len(fleet.broker.decisions()) == 3
+    assert len(replies(fleet, HERE)) == 1
+
+
+async def test_a_copy_does_not_stand_for_the_wave() -> None:
+    """A copy is confirmed by nobody: with nothing else confirmed the stage pauses."""
+    fleet, broker = picky_fleet(take_all)
+    assert await fleet.worker.deliver(RETRIEVAL, asking(new_state(), HERE)) == Ack()
+    await fleet.drain(GUARDRAIL)
+    broker.picky = lambda message: Confirm.UNKNOWN if message.confirm else None
+    assert await fleet.worker.deliver(DECISION, fleet.take(DECISION)) == Pause("MessagingFailureError")
+    assert not broker.delivery_rounds()
+
+
+async def test_a_trace_is_carried_onto_the_decision_and_its_repeats() -> None:
+    fleet = Fleet()
+    trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    body = await fleet.to(DECISION, replace(new_state(), traceparent=trace))
+    for _ in range(2):
+        assert await fleet.worker.deliver(DECISION, body) == Ack()
+    assert [message.headers["traceparent"] for message in fleet.broker.decisions()] == [trace, trace]
+
+
+async def test_a_correction_names_the_decision_that_it_supersedes() -> None:
+    fleet = Fleet()
+    fleet.submit(new_state())
+    await fleet.drain()
+    correction, undecided = new_state("c" * 32, corrects=EVENT), new_state("d" * 32, corrects="f" * 32)
+    elsewhere = new_state("b" * 32, GLOBEX, corrects=EVENT)
+    for state in (correction, undecided, elsewhere):
+        fleet.submit(state)
+    await fleet.drain()
+    found = []
+    for state in (correction, undecided, elsewhere):
+        decided = fleet.check_settled(state.scope, state.event_id).decided
+        assert decided is not None
+        assert decided.decision.supersedes is not None
+        found.append((decided.decision.supersedes.event_id, decided.decision.supersedes.revision))
+    assert found == [(EVENT, 1), ("f" * 32, 0), (EVENT, 0)]  # another tenant's event is nobody's to correct
+
+
 # --- random schedules ---------------------------------------------------------------------------------------
 
-ACTIONS = ("deliver", "deliver", "deliver", "redeliver", "flush", "crash", "crash-in-gather", "lost", "unsent", "lease")
+ACTIONS = (
+    *("deliver", "deliver", "deliver", "redeliver", "flush", "crash", "crash-in-gather"),
+    *("lost", "unsent", "lease", "refused"),
+)
 
 
 async def _run_schedule(actions: Sequence[tuple[str, int]]) -> None:
-    fleet = Fleet()
+    fleet, broker = picky_fleet(take_all)
     states = [new_state("a" * 32), new_state("b" * 32, GLOBEX, regulatory_flags=[{"code": "PEP", "level": "high"}])]
     for state in states:
         fleet.submit(state)
@@ -684,15 +953,18 @@ async def _run_schedule(actions: Sequence[tuple[str, int]]) -> None:
             stage = waiting[number % len(waiting)]
             fleet.broker.crash = action == "crash"
             fleet.broker.lost = 3 if action in ("lost", "unsent") else 0
+            broker.picky = refuse_decisions if action == "refused" else take_all
             if action == "crash-in-gather":
                 fleet.kill_in_gather()
             await deliver(stage, fleet.take(stage))
-            fleet.broker.crash, fleet.broker.lost = False, 0
+            fleet.broker.crash, fleet.broker.lost, broker.picky = False, 0, take_all
             fleet.registry.errors.clear()
             fleet.worker.store.fuse = False
     fleet.broker.crash, fleet.broker.lost, fleet.broker.arrives = False, 0, True
     fleet.step(11)
     await fleet.drain()
+    back = [Delivery(DELIVERY_QUEUE, m.body, DELIVERY_QUEUE, headers=m.headers) for m in broker.delivery_rounds()]
+    assert await DeliverySink(broker, fleet.telemetry).handle(back) == [Ack()] * len(back)
     for state in states:
         fleet.check_settled(state.scope, state.event_id)
     assert set(fleet.ledger.rows) == {(state.scope, state.event_id) for state in states}

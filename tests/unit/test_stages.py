@@ -10,11 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts.codec import state_from_bytes
 from contracts.events import parse_event
 from contracts.failures import InvalidModelStateError, InvalidWorkflowStateError
 from contracts.lifecycle import Status
-from contracts.outcomes import PRECEDENCE, Check, Decision, Outcome, PolicyResult, PolicyVerdict, Reason, RuleVerdict
-from contracts.ports import ActiveSet, Artifact, Ledger, Registry
+from contracts.outcomes import (
+    PRECEDENCE,
+    Check,
+    Decision,
+    Outcome,
+    PolicyResult,
+    PolicyVerdict,
+    Reason,
+    RuleVerdict,
+    Supersedes,
+)
+from contracts.ports import ActiveSet, Artifact, DecisionRow, Ledger, Registry
 from contracts.state import (
     Created,
     Decided,
@@ -30,7 +41,8 @@ from contracts.state import (
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES, Stage
 from workers.pipeline import PIPELINE, stage_after, stage_of
-from workers.stages import StagePorts, Step, guardrail, retrieval, scoring
+from workers.stages import StagePorts, Step, decision, guardrail, retrieval, scoring
+from workers.stages.decision import DecisionFacts, stored_facts
 
 NOW = "2026-01-31T12:00:01Z"
 MODEL = Pin(name="model", version=1, digest="stages-model")
@@ -105,7 +117,11 @@ def processing(
 
 
 def decision_of(state: EventState) -> Decision:
-    step = stage_of(state.KIND, Stage.DECISION).decide(state, None, NOW, lambda: 0.0)
+    return decided_with(state, DecisionFacts())
+
+
+def decided_with(state: EventState, facts: DecisionFacts) -> Decision:
+    step = stage_of(state.KIND, Stage.DECISION).decide(state, facts, NOW, lambda: 0.0)
     assert isinstance(step.section, Decided)
     return step.section.decision
 
@@ -251,6 +267,7 @@ def test_a_state_without_its_earlier_sections_does_not_fit_the_stage(stage: Stag
     facts: dict[Stage, Any] = {
         Stage.SCORING: scoring.ScoringFacts(artifact(MODEL), artifact(POLICY)),
         Stage.GUARDRAIL: guardrail.GuardrailFacts(artifact(GUARDRAIL)),
+        Stage.DECISION: DecisionFacts(),
     }
     with pytest.raises(InvalidWorkflowStateError):
         stage_of("risk", stage).decide(new_state(), facts.get(stage), NOW, lambda: 0.0)
@@ -263,6 +280,16 @@ class OneTenant:
         self.broken = broken
         self.set = active or ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds())
         self.calls: list[tuple[str, int]] = []
+        self.gone: set[Pin] = set()
+        self.rows: dict[tuple[TenantScope, str], DecisionRow] = {}
+
+    async def decisions(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[DecisionRow | None]:
+        self.calls.append(("decisions", len(keys)))
+        return [self.rows.get(key) for key in keys]
+
+    async def revoked(self, pins: Sequence[Pin]) -> Sequence[bool]:
+        self.calls.append(("revoked", len(pins)))
+        return [pin in self.gone for pin in pins]
 
     async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
         return [SubjectHistory(events_1d=number) for number, _ in enumerate(states)]
@@ -357,3 +384,94 @@ def test_the_same_state_and_facts_give_the_same_bytes() -> None:
     before = replace(processing(), status=Status.CREATED, n=1)
     steps = [scoring.decide(before, facts, NOW, lambda: 0.0) for _ in range(2)]
     assert steps[0] == steps[1]
+
+
+def test_thresholds_keep_their_digest_across_storage() -> None:
+    """The audit record of retrieval and the decision name the same limits, whoever read them from where."""
+    assert Thresholds.model_validate_json(Thresholds().model_dump_json()).digest == Thresholds().digest
+
+
+# --- halts, revocations, corrections ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["risk", "compliance"])
+async def test_a_halted_tenants_event_goes_to_a_person(kind: str) -> None:
+    halted = ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds(), halted=True)
+    state = await run(new_state(kind), OneTenant(active=halted))
+    assert state.status is Status.AWAITING_APPROVAL
+    assert state.trail[1].detail["halted"] == 1
+    assert "HALTED" in str(state.trail[4].detail["gates"])
+
+
+@pytest.mark.parametrize("kind", ["risk", "compliance"])
+@pytest.mark.parametrize(("name", "pin"), [("policy", POLICY), ("guardrail", GUARDRAIL)])
+async def test_a_version_that_was_revoked_on_the_way_sends_its_event_to_a_person(
+    kind: str, name: str, pin: Pin
+) -> None:
+    one = OneTenant()
+    one.gone = {pin}
+    state = await run(new_state(kind), one)
+    assert state.status is Status.AWAITING_APPROVAL
+    assert state.decided is not None
+    assert f"REVOKED:{name}" in [reason.code for reason in state.decided.decision.reasons]
+    assert state.decided.decision.evidence["revoked"] == [name]
+    assert state.decided.decision.versions[name]["digest"] == pin.digest  # it finished on its pins all the same
+
+
+@settings(deadline=None)
+@given(situation=situations, kinds=st.sets(st.sampled_from(["model", "policy", "guardrail"]), min_size=1))
+def test_a_revocation_never_makes_an_outcome_more_permissive(situation: dict[str, Any], kinds: set[str]) -> None:
+    state = processing(**situation)
+    before = decided_with(state, DecisionFacts()).outcome
+    after = decided_with(state, DecisionFacts(tuple(sorted(kinds)))).outcome
+    assert PRECEDENCE.index(after) >= max(PRECEDENCE.index(before), 1)
+
+
+async def test_the_decision_stage_asks_once_for_all_pins_and_all_corrected_events() -> None:
+    one, corrected = OneTenant(), "a" * 32
+    one.gone = {GUARDRAIL}
+    one.rows[TenantScope("acme"), corrected] = DecisionRow("d", 3, "APPROVED", b"", b"")
+    plain, correcting = processing(), processing(new_state(corrects=corrected))
+    early = processing(new_state(corrects="b" * 32))
+    unpinned = ActiveSet(None, None, None, Thresholds())
+    assert plain.created is not None
+    nothing = replace(
+        plain,
+        created=plain.created.model_copy(
+            update={"pins": Pins(now=NOW, model=None, policy=None, guardrail=None, thresholds=unpinned.thresholds)}
+        ),
+    )
+    facts = await decision.gather([plain, correcting, early, nothing], ports(one))
+    assert one.calls == [("revoked", 3), ("decisions", 2)]
+    gone = ("guardrail",)
+    assert list(facts) == [DecisionFacts(gone), DecisionFacts(gone, 3), DecisionFacts(gone, 0), DecisionFacts()]
+
+
+async def test_the_decision_stage_asks_nothing_that_nobody_needs() -> None:
+    one = OneTenant()
+    await decision.gather([processing()], ports(one))
+    assert one.calls == [("revoked", 3)]
+
+
+def test_a_correction_names_what_it_supersedes_and_so_does_its_audit_record() -> None:
+    state = processing(new_state(corrects="a" * 32))
+    step = stage_of("risk", Stage.DECISION).decide(state, DecisionFacts(corrected_revision=2), NOW, lambda: 0.0)
+    assert isinstance(step.section, Decided)
+    assert step.section.decision.supersedes == Supersedes(event_id="a" * 32, revision=2)
+    assert step.detail["corrects"] == "a" * 32
+    assert decision_of(processing()).supersedes is None
+    with pytest.raises(ValueError, match="revision"):
+        Supersedes(event_id="a" * 32, revision=-1)
+
+
+@pytest.mark.parametrize("facts", [DecisionFacts(), DecisionFacts(("model", "policy"), 0), DecisionFacts((), 7)])
+@pytest.mark.parametrize("corrects", [None, "a" * 32])
+def test_the_stored_facts_make_the_same_decision_again(facts: DecisionFacts, corrects: str | None) -> None:
+    """What a re-run has is the row: its state, and the decision in it."""
+    before = processing(new_state(corrects=corrects) if corrects else new_state())
+    first = stage_of("risk", Stage.DECISION).decide(before, facts, NOW, lambda: 0.0)
+    stored = moved(before, first, Stage.DECISION).to_bytes()
+    row = state_from_bytes(stored)
+    assert row.decided is not None
+    again = stage_of("risk", Stage.DECISION).decide(before, stored_facts(row.decided.decision), NOW, lambda: 0.0)
+    assert moved(before, again, Stage.DECISION).to_bytes() == stored

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import structlog
 
 from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of_record, record_of_entry
-from contracts.failures import InfrastructureError, MessagingFailureError, RiskfleetError, UndecodableEntryError
-from contracts.messages import parked_message
-from contracts.ports import AuditLog, Clock, Confirm, Delivery, Message, Publisher, Telemetry
+from contracts.failures import InfrastructureError, RiskfleetError, UndecodableEntryError
+from contracts.ports import AuditLog, Clock, Delivery, Publisher, Telemetry
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.state import AuditRecord
 from contracts.telemetry import AUDIT_RECORDS, PARKED, Measurement
 from workers.settling import Park, park, park_bytes
+from workers.sinks.bisecting import publish_parks, write_or_park
 
 log = structlog.get_logger("audit")
 
@@ -41,10 +41,15 @@ class AuditSink:
         for delivery in deliveries:
             self._read(delivery, records, parks)
         try:
-            parks += await self._append(records)
-            await self._publish([parked_message(item.letter, _STAGE) for item in parks])
+            fresh, refused = await write_or_park(records, self._audit_log.append, self._refuse)
+            await publish_parks(self._publisher, [*parks, *refused], _STAGE)
         except InfrastructureError as error:
             return [Pause(type(error).__name__)] * len(deliveries)
+        appended = sum(fresh)
+        self._telemetry.record(
+            Measurement(AUDIT_RECORDS, appended, {"result": "appended"}),
+            Measurement(AUDIT_RECORDS, len(fresh) - appended, {"result": "present"}),
+        )
         return [Ack()] * len(deliveries)
 
     def _read(self, delivery: Delivery, records: list[AuditRecord], parks: list[Park]) -> None:
@@ -63,28 +68,7 @@ class AuditSink:
                 body = encode_carrier((item,)) if isinstance(item, Entry) else delivery.body
                 parks.append(park_bytes(body, _STAGE, error, now))
 
-    async def _append(self, records: Sequence[AuditRecord]) -> list[Park]:
-        """Append; a batch that PostgreSQL refuses is halved until the one bad record stands alone."""
-        if not records:
-            return []
-        try:
-            fresh = await self._audit_log.append(records)
-        except InfrastructureError:
-            raise
-        except Exception as error:  # noqa: BLE001 - bisected, then parked
-            if len(records) > 1:
-                half = len(records) // 2
-                return [*await self._append(records[:half]), *await self._append(records[half:])]
-            log.error("audit.refused", exception_class=type(error).__name__, event_id=records[0].event_id)
-            self._telemetry.record(Measurement(PARKED, 1, {"stage": _STAGE, "category": "UNEXPECTED_ERROR"}))
-            return [park(entry_of_record(records[0]), error, self._clock.now().isoformat())]
-        appended = sum(fresh)
-        self._telemetry.record(
-            Measurement(AUDIT_RECORDS, appended, {"result": "appended"}),
-            Measurement(AUDIT_RECORDS, len(fresh) - appended, {"result": "present"}),
-        )
-        return []
-
-    async def _publish(self, messages: Sequence[Message]) -> None:
-        if messages and any(c is not Confirm.CONFIRMED for c in await self._publisher.publish(messages)):
-            raise MessagingFailureError("a parked audit record was not confirmed")
+    def _refuse(self, record: AuditRecord, error: Exception) -> Park:
+        log.error("audit.refused", exception_class=type(error).__name__, event_id=record.event_id)
+        self._telemetry.record(Measurement(PARKED, 1, {"stage": _STAGE, "category": "UNEXPECTED_ERROR"}))
+        return park(entry_of_record(record), error, self._clock.now().isoformat())

@@ -1,6 +1,6 @@
 """Decision: the most restrictive answer of all gates.
 
-    halt switch                                        → REQUIRE_APPROVAL
+    halt switch, a pinned version revoked since        → REQUIRE_APPROVAL
     policy DENY                                        → REJECTED
     policy FAIL, guardrail not passed, degraded,
     no score, HIGH_RISK, regulatory flag above low     → REQUIRE_APPROVAL
@@ -8,7 +8,8 @@
     then, with `auto_reject` off: REJECTED             → REQUIRE_APPROVAL
 
 Promises: a gate can only add restriction, so no fault lifts another gate's answer (I12). Low flags
-pass the regulatory gate and nothing else. Does not write: the ledger is the arbiter of outcomes.
+pass the regulatory gate and nothing else. What was gathered is stored in the decision itself, so that the same state
+with `stored_facts` gives the same bytes again. Does not write: the ledger is the arbiter of outcomes.
 """
 
 # ruff: noqa: ARG001 - every stage has the same signature, whatever it needs of it
@@ -17,12 +18,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, Reason, most_restrictive
+from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, Reason, Supersedes, most_restrictive
 from contracts.state import Decided, EventState, Pin
 from workers.judgement.checks import HIGH_RISK
 from workers.stages.step import StagePorts, Step, Stopwatch, created, processed, validated
+
+_PINNED = ("model", "policy", "guardrail", "prompt", "lists", "reasons")
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionFacts:
+    """What is known only now.
+
+    `revoked`: the kinds of the pins that were revoked since retrieval. `corrected_revision`: the highest revision of
+    the event that this one corrects, 0 when none was decided; it means nothing for an event that corrects none.
+    """
+
+    revoked: tuple[str, ...] = ()
+    corrected_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,28 +117,57 @@ RISK_GATES: tuple[Gate, ...] = (halt_gate, policy_gate, guardrail_gate, degraded
 COMPLIANCE_GATES: tuple[Gate, ...] = (*RISK_GATES, flags_named_gate)
 
 
-async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[None]:
-    """Nothing: everything that decides is in the state."""
-    return [None] * len(states)
+def revoked_gate(facts: DecisionFacts) -> Iterator[Objection]:
+    """An event finishes on its pins, unless one of them was revoked on its way: then a person looks at it."""
+    for kind in facts.revoked:
+        text = f"The pinned {kind} was revoked before this decision"
+        yield Objection(Outcome.REQUIRE_APPROVAL, f"REVOKED:{kind}", text)
 
 
-def decide_risk(state: EventState, facts: None, now: str, stopwatch: Stopwatch) -> Step:
+async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[DecisionFacts]:
+    """Which pins were revoked, and what is decided of the corrected events: at most one call each."""
+    pins = list(dict.fromkeys(chain.from_iterable(_pinned(state).values() for state in states)))
+    answers = await ports.registry.revoked(pins) if pins else ()
+    revoked = {pin for pin, gone in zip(pins, answers, strict=True) if gone}
+    keys = [(state.scope, state.event.corrects) for state in states if state.event.corrects is not None]
+    rows = iter(await ports.ledger.decisions(keys) if keys else ())
+    facts = []
+    for state in states:
+        row = next(rows) if state.event.corrects is not None else None
+        kinds = tuple(kind for kind, pin in _pinned(state).items() if pin in revoked)
+        facts.append(DecisionFacts(kinds, row.revision if row is not None else 0))
+    return facts
+
+
+def stored_facts(decision: Decision) -> DecisionFacts:
+    """The facts that a decision of this stage was made from; with its state they make the same decision again."""
+    revision = decision.supersedes.revision if decision.supersedes is not None else 0
+    return DecisionFacts(tuple(decision.evidence.get("revoked", ())), revision)
+
+
+def _pinned(state: EventState) -> dict[str, Pin]:
+    pins = created(state).pins
+    named = {kind: getattr(pins, kind) for kind in _PINNED}
+    return {kind: pin for kind, pin in named.items() if pin is not None}
+
+
+def decide_risk(state: EventState, facts: DecisionFacts, now: str, stopwatch: Stopwatch) -> Step:
     """The decision rule of risk events. `now` becomes `decided_at`."""
-    return _decide(state, now, RISK_GATES)
+    return _decide(state, facts, now, RISK_GATES)
 
 
-def decide_compliance(state: EventState, facts: None, now: str, stopwatch: Stopwatch) -> Step:
+def decide_compliance(state: EventState, facts: DecisionFacts, now: str, stopwatch: Stopwatch) -> Step:
     """The decision rule of compliance events: as for risk, and the flags must be named."""
-    return _decide(state, now, COMPLIANCE_GATES)
+    return _decide(state, facts, now, COMPLIANCE_GATES)
 
 
-def _decide(state: EventState, now: str, gates: Sequence[Gate]) -> Step:
-    objections = [objection for gate in gates for objection in gate(state)]
+def _decide(state: EventState, facts: DecisionFacts, now: str, gates: Sequence[Gate]) -> Step:
+    objections = [*revoked_gate(facts), *chain.from_iterable(gate(state) for gate in gates)]
     outcome = most_restrictive((Outcome.APPROVED, *(objection.outcome for objection in objections)))
     if outcome is Outcome.REJECTED and not created(state).pins.thresholds.auto_reject:
         outcome = Outcome.REQUIRE_APPROVAL
         objections.append(Objection(outcome, "AUTO_REJECT_OFF", "This tenant rejects nothing without a person"))
-    decision = _document(state, now, outcome, objections)
+    decision = _document(state, facts, now, outcome, objections)
     score = decision.score
     detail: dict[str, str | int] = {
         "outcome": outcome.value,
@@ -130,27 +175,33 @@ def _decide(state: EventState, now: str, gates: Sequence[Gate]) -> Step:
         "policy": decision.policy.result.value,
         "gates": ",".join(dict.fromkeys(objection.code for objection in objections))[:512],
     }
+    if decision.supersedes is not None:
+        detail["corrects"] = decision.supersedes.event_id
     return Step(STATUS_OF[outcome], Decided(at=now, decision=decision), detail)
 
 
-def _document(state: EventState, now: str, outcome: Outcome, objections: Sequence[Objection]) -> Decision:
-    facts, scored = created(state), validated(state)
+def _document(
+    state: EventState, facts: DecisionFacts, now: str, outcome: Outcome, objections: Sequence[Objection]
+) -> Decision:
+    known, scored, corrects = created(state), validated(state), state.event.corrects
     weighted = sorted(scored.reasons, key=lambda reason: (-reason.weight, reason.code))
     gates = (Reason(code=objection.code, text=objection.text, weight=0.0) for objection in objections)
+    evidence: dict[str, Any] = {
+        "history": known.history.model_dump(mode="json"),
+        "body_digest": state.body_digest,
+        "pins_now": known.pins.now,
+    }
     return Decision(
         event_id=state.event_id,
         tenant_id=state.scope.tenant_id,
         kind=state.event.kind,
         outcome=outcome,
+        supersedes=Supersedes(event_id=corrects, revision=facts.corrected_revision) if corrects is not None else None,
         score=scored.score,
         reasons=(*weighted, *gates),
         policy=scored.policy,
         guardrails=processed(state).checks,
-        evidence={
-            "history": facts.history.model_dump(mode="json"),
-            "body_digest": state.body_digest,
-            "pins_now": facts.pins.now,
-        },
+        evidence=evidence | ({"revoked": list(facts.revoked)} if facts.revoked else {}),
         versions=_versions(state),
         degraded=_degraded(state) or None,
         decided_at=now,

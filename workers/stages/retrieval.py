@@ -19,11 +19,10 @@ from workers.stages.step import StagePorts, Step, Stopwatch
 
 @dataclass(frozen=True, slots=True)
 class RetrievalFacts:
-    """What is active for the tenant, and what is known of the subject. `halted` = the halt switch is on."""
+    """What is active for the tenant, halt switch included, and what is known of the subject."""
 
     active: ActiveSet
     history: SubjectHistory
-    halted: bool = False
 
 
 async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[RetrievalFacts]:
@@ -48,7 +47,7 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
         policy=active.policy,
         guardrail=active.guardrail,
         thresholds=active.thresholds,
-        halted=facts.halted,
+        halted=active.halted,
     )
     named = (("model", pins.model), ("policy", pins.policy), ("guardrail", pins.guardrail))
     unavailable = tuple(name for name, pin in named if pin is None)

@@ -1,0 +1,85 @@
+"""The delivery sink: messages to upstream that the broker did not take, published again until it does.
+
+Promises: a message is sent again after 1 s, 5 s, 15 s and then every 30 s, for a day; the ladder confirms each further
+round before this one is acked. Loses no decision when it gives up: the row stands in PostgreSQL and the feed has it.
+It has no dead-letter stage of its own: what cannot be read is counted, logged and acked, for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from contracts.failures import UndecodableEntryError
+from contracts.messages import arrived, delivery_message, undelivered
+from contracts.ports import Delivery, Message, Publisher, Telemetry
+from contracts.settlement import Ack, Pause, Settlement
+from contracts.telemetry import DELIVERIES, Measurement
+from workers.outgoing import DELIVERY_WAITS_MS, UPSTREAM
+
+log = structlog.get_logger("delivery")
+
+MOST_ATTEMPTS: Final = 2_880
+"""About 24 hours of rounds of 30 s."""
+
+
+class DeliverySink:
+    """Publishes what came back from the ladder."""
+
+    def __init__(self, publisher: Publisher, telemetry: Telemetry) -> None:
+        """Needs no server but RabbitMQ."""
+        self._publisher = publisher
+        self._telemetry = telemetry
+
+    async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
+        """Send each message again; Pause for one that neither upstream's queues nor the ladder take."""
+        read = [self._read(delivery) for delivery in deliveries]
+        left = await self._send([item for item in read if item is not None])
+        paused = await self._again(left)
+        return [Pause("MessagingFailureError") if item is not None and item in paused else Ack() for item in read]
+
+    def _read(self, delivery: Delivery) -> tuple[Message, int] | None:
+        try:
+            message, attempt = undelivered(delivery.headers, delivery.body)
+            if message.exchange not in UPSTREAM or not isinstance(message.headers, dict):
+                raise UndecodableEntryError("a delivery is not for upstream")
+        except UndecodableEntryError as error:
+            log.error("delivery.undecodable", exception_class=type(error).__name__)
+            self._measure("undecodable")
+            return None
+        return message, attempt
+
+    async def _send(self, items: Sequence[tuple[Message, int]]) -> list[tuple[Message, int]]:
+        """Publish the messages themselves; what was not answered for is left."""
+        if not items:
+            return []
+        confirms = await self._publisher.publish([message for message, _ in items])
+        answers = zip(items, confirms, strict=True)
+        left = [item for item, confirm in answers if not arrived(item[0], confirm)]
+        self._measure("delivered", len(items) - len(left))
+        return left
+
+    async def _again(self, items: Sequence[tuple[Message, int]]) -> list[tuple[Message, int]]:
+        """Send one more round each, and give up after the last; what the ladder does not take is answered."""
+        going, rounds = [], []
+        for message, attempt in items:
+            if attempt >= MOST_ATTEMPTS:
+                log.error("delivery.given_up", attempts=attempt, correlation_id=message.correlation_id)
+                self._measure("given_up")
+            else:
+                going.append((message, attempt))
+                wait = DELIVERY_WAITS_MS[min(attempt, len(DELIVERY_WAITS_MS) - 1)]
+                rounds.append(delivery_message(message, attempt + 1, wait))
+        if not rounds:
+            return []
+        confirms = await self._publisher.publish(rounds)
+        answers = list(zip(going, rounds, confirms, strict=True))
+        paused = [item for item, sent, confirm in answers if not arrived(sent, confirm)]
+        self._measure("again", len(going) - len(paused))
+        return paused
+
+    def _measure(self, result: str, count: int = 1) -> None:
+        if count:
+            self._telemetry.record(Measurement(DELIVERIES, count, {"result": result}))

@@ -5,7 +5,6 @@ Promises that one bad event never keeps back its neighbours. Reads the whole fil
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from typing import Any
 import httpx
 import orjson
 
-from contracts.failures import DomainValidationError, NotKnownError
-
-CLIENT_VARIABLES = ("RISKFLEET_API_KEY", "RISKFLEET_URL")
-"""Variables of the client commands; no server reads them."""
+from contracts.failures import DomainValidationError, NotKnownError, RiskfleetError, classify
+from gateway.batch import csv_documents, json_elements, ndjson_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,45 +33,30 @@ class Answer:
         return self.status in (200, 202)
 
 
-def read_events(file: Path, columns: Sequence[str] = ()) -> list[Any]:
-    """The documents of a file: a JSON object or array, NDJSON (one per line), or CSV with a column map.
+def read_events(file: Path, columns: Sequence[str] = ()) -> list[bytes | RiskfleetError]:
+    """The events of a file: a JSON object or array, NDJSON (one per line), or CSV with a column map (FIELD=COLUMN).
 
-    Raises DomainValidationError when the file is none of these.
+    Each as the bytes to send, or the error that stands in its place; the gateway judges the bytes. Raises
+    DomainValidationError when the file is none of these.
     """
+    content = file.read_bytes()
     if file.suffix == ".csv":
-        return _read_csv(file, columns)
-    data = file.read_bytes()
+        return list(csv_documents(content, columns))
+    if content.lstrip().startswith(b"["):
+        return list(json_elements(content))
+    if _is_object(content):
+        return [content]
+    lines = list(ndjson_lines(content))
+    if not any(_is_object(line) for line in lines):
+        raise DomainValidationError(f"{file} is neither JSON nor NDJSON")
+    return [*lines]
+
+
+def _is_object(content: bytes) -> bool:
     try:
-        document = orjson.loads(data)
+        return isinstance(orjson.loads(content), dict)
     except orjson.JSONDecodeError:
-        try:
-            return [orjson.loads(line) for line in data.splitlines() if line.strip()]
-        except orjson.JSONDecodeError as error:
-            raise DomainValidationError(f"{file} is neither JSON nor NDJSON: {error}") from None
-    return document if isinstance(document, list) else [document]
-
-
-def _read_csv(file: Path, columns: Sequence[str]) -> list[Any]:
-    pairs = [pair.partition("=") for pair in columns]
-    if not pairs or any(not separator for _, separator, _ in pairs):
-        raise DomainValidationError("a CSV file needs --map FIELD=COLUMN, for example --map subject.id=customer")
-    with file.open(newline="") as handle:
-        reader = csv.DictReader(handle)
-        missing = [column for _, _, column in pairs if column not in (reader.fieldnames or ())]
-        if missing:
-            raise DomainValidationError(f"{file} has no column {', '.join(missing)}")
-        return [_document({field: row[column] for field, _, column in pairs if row[column]}) for row in reader]
-
-
-def _document(fields: dict[str, str]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for path, value in fields.items():
-        target = document
-        *parents, leaf = path.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[leaf] = value
-    return document
+        return False
 
 
 def submit_file(file: Path, url: str, api_key: str, columns: Sequence[str] = ()) -> list[Answer]:
@@ -82,7 +64,9 @@ def submit_file(file: Path, url: str, api_key: str, columns: Sequence[str] = ())
     headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
     with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
         return [
-            _answer(index, client.post("/v1/events", content=orjson.dumps(event)))
+            Answer(index, classify(event).status, None, event.detail)
+            if isinstance(event, RiskfleetError)
+            else _answer(index, client.post("/v1/events", content=event))
             for index, event in enumerate(read_events(file, columns))
         ]
 

@@ -3,15 +3,16 @@
 Promises: a delivery is acked only after what it owes is confirmed: the event's message, the repeated
 decision, the problem document, or its dead letter. The tenant is the one of the broker user that RabbitMQ
 itself verified (`user_id`), never one that the message names. A delivery that nothing can process is parked
-after three tries, so it never blocks the queue. Nothing here connects, consumes or acks.
+after three tries, so it never blocks the queue. A delivery is an event, a CloudEvent (binary or structured), a batch
+of CloudEvents, which is acked when all of it has settled, or a label. Nothing here connects, consumes or acks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
 import structlog
 
@@ -29,28 +30,42 @@ from contracts.failures import (
     fingerprint,
     problem_document,
 )
-from contracts.messages import decision_message, parked_message, rejection_message
-from contracts.ports import Clock, Confirm, DeadLetter, Delivery, Directory, Ids, Message, Publisher
+from contracts.messages import arrived, decision_message, parked_message, rejection_message
+from contracts.ports import Clock, DeadLetter, Delivery, Directory, Ids, Message, Publisher
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.telemetry import bind_correlation, current_correlation
 from contracts.tenancy import TenantScope
+from gateway.batch import split_json_array
+from gateway.cloudevents import BATCH, STRUCTURED, amqp_attributes
 from gateway.intake import Admission, Intake, Refusal, Submission, correlation_of, rfc3339
+from gateway.labelling import LabelAdmission, LabelDesk
+from gateway.parsing import is_json
 from gateway.refusals import RefusalLog
 
 log = structlog.get_logger(__name__)
 
 TRIES = 3
 MAX_DELIVERIES = 20  # the same last net as the stage queues have by policy
-_MEDIA_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json(?:\s*;.*)?", re.IGNORECASE)
+LABEL: Final = "label"
+
+Verdict = Admission | LabelAdmission | Refusal
 
 
 class Ingress:
     """`handle` for the consumer of the ingest queues."""
 
     def __init__(
-        self, intake: Intake, directory: Directory, publisher: Publisher, refusals: RefusalLog, clock: Clock, ids: Ids
+        self,
+        intake: Intake,
+        labels: LabelDesk,
+        directory: Directory,
+        publisher: Publisher,
+        refusals: RefusalLog,
+        clock: Clock,
+        ids: Ids,
     ) -> None:
         self._intake = intake
+        self._labels = labels
         self._directory = directory
         self._publisher = publisher
         self._refusals = refusals
@@ -68,9 +83,7 @@ class Ingress:
 
     async def _settle(self, delivery: Delivery, users: Mapping[str, TenantScope]) -> Settlement:
         scope = users.get(delivery.user_id) if delivery.user_id else None
-        trace = delivery.headers.get("traceparent")
-        correlation = correlation_of(delivery.correlation_id, trace if isinstance(trace, str) else None, self._ids)
-        with bind_correlation(correlation):
+        with bind_correlation(correlation_of(delivery.correlation_id, _traceparent(delivery), self._ids)):
             try:
                 if delivered_too_often(delivery):
                     return await self._park(delivery, scope, None, rfc3339(self._clock.now()))
@@ -100,48 +113,63 @@ class Ingress:
             # Nobody to answer: the broker verified no user that belongs to a tenant.
             self._refusals.note(None, AuthenticationError("no broker user of a tenant sent this"), "amqp")
             return Ack()
+        verdicts: Sequence[Verdict]
+        numbered = False
         try:
-            kind = check_envelope(delivery, scope)
+            verdicts = await self._verdicts(delivery, scope, check_envelope(delivery, scope))
+            numbered = _media_type(delivery) == BATCH
         except RiskfleetError as error:
             self._refusals.note(scope, error, "amqp")
-            return await self._reject(delivery, scope, Refusal(error))
-        correlation = current_correlation()
-        verdict = await self._intake.admit(
-            Submission(
-                scope=scope,
-                kind=kind,
-                body=delivery.body,
-                identity_header=delivery.message_id,
-                correlation_id=correlation.correlation_id,
-                traceparent=correlation.traceparent,
-                source="amqp",
-            )
-        )
-        if isinstance(verdict, Refusal):
-            return await self._reject(delivery, scope, verdict)
-        return await self._accepted(scope, verdict)
+            verdicts = [Refusal(error)]
+        return await self._settled(delivery, scope, verdicts, numbered=numbered)
 
-    async def _accepted(self, scope: TenantScope, admission: Admission) -> Settlement:
-        if admission.decision is not None:
-            # The sender repeats, so it may have missed the answer: the stored bytes again, under the same id.
-            await self._publish(decision_message(scope, admission.kind, admission.decision, admission.correlation_id))
-        return Ack()
+    async def _verdicts(
+        self, delivery: Delivery, scope: TenantScope, subject: Kind | Literal["label"]
+    ) -> Sequence[Verdict]:
+        """One per event of the delivery, in order. Raises what refuses the delivery as a whole."""
+        if subject == LABEL:
+            return [await self._labels.accept(scope, delivery.body, "amqp")]
+        media_type = _media_type(delivery)
+        structured = media_type in (STRUCTURED, BATCH)
+        submission = Submission(
+            scope=scope,
+            kind=subject,
+            body=delivery.body,
+            identity_header=delivery.message_id,
+            correlation_id=delivery.correlation_id,
+            traceparent=_traceparent(delivery),
+            source="amqp",
+            structured=structured,
+            attributes=None if structured else amqp_attributes(delivery.headers),
+        )
+        if media_type == BATCH:
+            return await self._intake.admit_batch(split_json_array(delivery.body), submission)
+        return [await self._intake.admit(submission)]
 
-    async def _reject(self, delivery: Delivery, scope: TenantScope, refusal: Refusal) -> Settlement:
-        if classify(refusal.error).status >= 500:
-            raise refusal.error  # not decided: infrastructure pauses, anything else is tried again and parked
-        correlation_id = current_correlation().correlation_id
-        document = problem_document(
-            refusal.error,
-            message_id=delivery.message_id,
-            event_id=refusal.event_id,
-            id=refusal.identity,
-            correlation_id=correlation_id,
-        )
-        name = delivery_digest(delivery, scope, classify(refusal.error).problem)
-        await self._publish(
-            rejection_message(scope, document, message_id=f"rejected:{name}", correlation_id=correlation_id)
-        )
+    async def _settled(
+        self, delivery: Delivery, scope: TenantScope, verdicts: Sequence[Verdict], *, numbered: bool
+    ) -> Settlement:
+        """Ack once everything that the verdicts owe is confirmed; `numbered`: they are the items of a batch."""
+        owed: dict[str, Message] = {}
+        undecided: RiskfleetError | None = None
+        for index, verdict in enumerate(verdicts):
+            if isinstance(verdict, Refusal):
+                if classify(verdict.error).status >= 500:
+                    # A server that is away comes before a defect: it must not have its neighbours parked.
+                    if undecided is None or isinstance(verdict.error, InfrastructureError):
+                        undecided = verdict.error
+                    continue
+                message = _rejection(delivery, scope, verdict, index if numbered else None)
+            elif isinstance(verdict, Admission) and verdict.decision is not None:
+                # The sender repeats, so it may have missed the answer: the stored bytes again, under the same id.
+                message = decision_message(scope, verdict.kind, verdict.decision, verdict.correlation_id)
+            else:
+                continue
+            owed[message.message_id] = message
+        await self._publish(*owed.values())
+        if undecided is not None:
+            # Infrastructure pauses, anything else is tried again and parked. What was answered is answered again then.
+            raise undecided
         return Ack()
 
     async def _park(
@@ -173,30 +201,61 @@ class Ingress:
         await self._publish(parked_message(letter, "ingress"))
         return Ack()
 
-    async def _publish(self, message: Message) -> None:
-        """Raises MessagingFailureError unless confirmed; unroutable is success where nobody has to listen."""
-        (confirm,) = await self._publisher.publish((message,))
-        if confirm is Confirm.CONFIRMED or (confirm is Confirm.UNROUTABLE and not message.mandatory):
+    async def _publish(self, *messages: Message) -> None:
+        """Raises MessagingFailureError unless all are confirmed; unroutable is success where nobody has to listen."""
+        if not messages:
             return
-        raise MessagingFailureError
+        confirms = await self._publisher.publish(messages)
+        if not all(arrived(message, confirm) for message, confirm in zip(messages, confirms, strict=True)):
+            raise MessagingFailureError
 
 
-def check_envelope(delivery: Delivery, scope: TenantScope) -> Kind:
-    """The kind that a delivery's routing key names.
+def check_envelope(delivery: Delivery, scope: TenantScope) -> Kind | Literal["label"]:
+    """What a delivery's routing key names: a kind of event, or a label.
 
-    Raises TenantIsolationError for another tenant's key, DomainValidationError for another kind, and
-    UnsupportedMediaTypeError for a content type that is named and is not JSON.
+    Raises TenantIsolationError for another tenant's key, DomainValidationError for another word, and
+    UnsupportedMediaTypeError for a content type that is named and is not JSON, or not plain JSON for a label.
     """
-    tenant, _, kind = delivery.routing_key.partition(".")
+    tenant, _, subject = delivery.routing_key.partition(".")
     if tenant != scope.tenant_id:
         raise TenantIsolationError("the routing key names a tenant that is not the broker user's")
-    if kind not in tuple(Kind):
+    if subject not in (*Kind, LABEL):
         raise DomainValidationError(
-            "the routing key names no kind of event", pointers=(("/kind", "must be risk or compliance"),)
+            "the routing key names neither a kind of event nor a label",
+            pointers=(("/kind", "must be risk or compliance"),),
         )
-    if delivery.content_type and not _MEDIA_TYPE.fullmatch(delivery.content_type):
+    if delivery.content_type and not is_json(delivery.content_type):
         raise UnsupportedMediaTypeError
-    return Kind(kind)
+    if subject != LABEL:
+        return Kind(subject)
+    if _media_type(delivery) in (STRUCTURED, BATCH):
+        raise UnsupportedMediaTypeError("a label is not sent as a CloudEvent; send application/json")
+    return LABEL
+
+
+def _media_type(delivery: Delivery) -> str:
+    return (delivery.content_type or "").partition(";")[0].strip().lower()
+
+
+def _traceparent(delivery: Delivery) -> str | None:
+    value = delivery.headers.get("traceparent")
+    return value if isinstance(value, str) else None
+
+
+def _rejection(delivery: Delivery, scope: TenantScope, refusal: Refusal, item: int | None) -> Message:
+    """The problem document; `item` is the refused event's place (from 0) in a batch."""
+    correlation_id = current_correlation().correlation_id
+    document = problem_document(
+        refusal.error,
+        message_id=delivery.message_id,
+        item=item,
+        event_id=refusal.event_id,
+        id=refusal.identity,
+        correlation_id=correlation_id,
+    )
+    words = (classify(refusal.error).problem, *(() if item is None else (str(item),)))
+    name = delivery_digest(delivery, scope, *words)
+    return rejection_message(scope, document, message_id=f"rejected:{name}", correlation_id=correlation_id)
 
 
 def delivered_too_often(delivery: Delivery) -> bool:

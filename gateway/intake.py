@@ -2,18 +2,23 @@
 
 Promises: an `Admission` that is not a repeat means that the broker confirmed exactly one message for the
 event; everything else is a `Refusal` that names the event once its identity is known. Repeating a
-submission with the same identity is always safe. Nothing here authenticates or speaks a transport.
+submission with the same identity is always safe. A CloudEvent and an item of a batch are admitted like any other
+event. Nothing here authenticates or speaks a transport.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Final, Literal
+
+import structlog
 
 from contracts.codec import Entry, entry_of, state_from_bytes
-from contracts.events import Event, event_id_of, parse_event
+from contracts.events import Event, body_digest_of, event_id_of, parse_event
 from contracts.failures import (
     DomainValidationError,
     IdempotencyConflictError,
@@ -21,6 +26,8 @@ from contracts.failures import (
     MessagingFailureError,
     RiskfleetError,
     TenantIsolationError,
+    UnexpectedError,
+    fingerprint,
 )
 from contracts.lifecycle import Status
 from contracts.messages import stage_message
@@ -38,16 +45,34 @@ from contracts.ports import (
     Telemetry,
 )
 from contracts.state import begin
-from contracts.telemetry import REQUEST_SECONDS, REQUESTS, Correlation, Measurement, bind_correlation
+from contracts.telemetry import (
+    REQUEST_SECONDS,
+    REQUESTS,
+    Correlation,
+    Measurement,
+    bind_correlation,
+    current_correlation,
+)
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage
+from gateway.cloudevents import Envelope, from_headers, from_structured
 from gateway.gathering import Gathered
 from gateway.parsing import parse_json
 from gateway.refusals import RefusalLog
 
 Door = Literal["http", "amqp"]
 
+log = structlog.get_logger(__name__)
+
 MAX_IDENTITY = 256
+ITEM_SEPARATOR: Final = "\x1f"
+"""Stands between a batch's key and an item's index in the identity of an item that names none.
+
+No key, message id or `id` may hold it, so an item's identity is never that of anything else.
+"""
+
+_UNOPENED: Final = Envelope(None)
+_ABREAST: Final = 64  # items of one batch under way at once: as many as one reservation takes
 _CORRELATION_ID = re.compile(r"[\x20-\x7e]{1,128}")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -63,6 +88,9 @@ class Submission:
     """One event as a door received it. `scope` comes from the credential; `kind` from the path, if it names one.
 
     `identity_header`: Idempotency-Key or AMQP message_id. Only a single HTTP POST may have its identity made.
+    `correlation_id` and `traceparent` are the sender's own, or None: then a CloudEvent's, else the bound ones, hold.
+    A CloudEvent is either `structured`, or has its `attributes` beside the body (binary mode).
+    `fallback_identity` is used when the event names none in any other way.
     """
 
     scope: TenantScope
@@ -74,6 +102,9 @@ class Submission:
     source: Door
     reply_to: str | None = None
     allow_generated_identity: bool = False
+    structured: bool = False
+    attributes: Mapping[str, str] | None = None
+    fallback_identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +130,14 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Foreseen:
+    """The identity that a submission brings (None: one would be made, if at all) and the digest of its event."""
+
+    identity: str | None
+    body_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class IntakePorts:
     """What an intake needs from outside."""
 
@@ -115,11 +154,9 @@ def correlation_of(correlation_id: str | None, traceparent: str | None, ids: Ids
 
     Usable: 1–128 printable ASCII characters, and the W3C Trace Context pattern.
     """
-    usable = correlation_id is not None and _CORRELATION_ID.fullmatch(correlation_id)
-    traced = traceparent is not None and _TRACEPARENT.fullmatch(traceparent)
     return Correlation(
-        correlation_id=correlation_id if usable else ids.uuid7(),
-        traceparent=traceparent if traced else f"00-{ids.token()}-{ids.token()[-16:]}-01",
+        correlation_id=_usable(_CORRELATION_ID, correlation_id) or ids.uuid7(),
+        traceparent=_usable(_TRACEPARENT, traceparent) or f"00-{ids.token()}-{ids.token()[-16:]}-01",
     )
 
 
@@ -136,57 +173,96 @@ class Intake:
     async def admit(self, submission: Submission) -> Admission | Refusal:
         """Accept one event durably, or say why not. Raises nothing of ours: a RiskfleetError becomes a Refusal."""
         started = self._ports.clock.monotonic()
-        correlation = replace(
-            correlation_of(submission.correlation_id, submission.traceparent, self._ports.ids),
-            tenant=submission.scope.tenant_id,
-        )
-        verdict: Admission | Refusal
-        identity: str | None = None
-        event_id: str | None = None
-        with bind_correlation(correlation):
-            try:
-                event = self._event(submission)
-                identity = self._identity(submission, event)
-                event_id = event_id_of(submission.scope, identity)
-                with bind_correlation(replace(correlation, event_id=event_id)):
-                    verdict = await self._accept(submission, event, identity, event_id, correlation)
-            except RiskfleetError as error:
-                self._refusals.note(submission.scope, error, submission.source)
-                verdict = Refusal(error, event_id, identity)
+        with bind_correlation(self._correlation(submission)):
+            verdict = await self._verdict(submission)
         self._measure(submission.source, verdict, self._ports.clock.monotonic() - started)
         return verdict
 
-    def _event(self, submission: Submission) -> Event:
-        document = parse_json(submission.body)
-        if submission.kind is not None and isinstance(document, dict):
-            document.setdefault("kind", submission.kind)
-        event = parse_event(document)
-        if submission.kind is not None and event.kind != submission.kind:
-            raise DomainValidationError(
-                "the event's kind is not the one that it was sent as",
-                pointers=(("/kind", f"must be {submission.kind} here, or left out"),),
-            )
-        if event.tenant_id is not None and event.tenant_id != submission.scope.tenant_id:
-            raise TenantIsolationError(pointers=(("/tenant_id", "must be the caller's own, or left out"),))
-        return event
+    async def admit_batch(
+        self, items: Sequence[bytes | RiskfleetError], template: Submission
+    ) -> list[Admission | Refusal]:
+        """Admit each item as `template` with another body; one answer per item, in order, whatever the others' are.
 
-    def _identity(self, submission: Submission, event: Event) -> str:
-        header = submission.identity_header
-        if header is not None and not (1 <= len(header) <= MAX_IDENTITY and header.isprintable()):
-            raise InvalidMetadataError(f"an identity has 1 to {MAX_IDENTITY} printable characters")
-        if event.id is not None and header is not None and event.id != header:
-            raise DomainValidationError(
-                "the submission has two different identities",
-                pointers=(("/id", "must equal the Idempotency-Key or message_id when both are sent"),),
+        An item that is an error already is refused with it. The template's identity is the key of the batch: item i
+        without an identity of its own gets (key, i), as `item_identity` writes it, so that sending the batch again
+        with the same key is a repeat; without a key it is refused. Of two items with one identity the first wins.
+        """
+        abreast = asyncio.Semaphore(_ABREAST)  # in order: of two items with one identity the first is reserved first
+
+        async def one(index: int, item: bytes | RiskfleetError) -> Admission | Refusal:
+            async with abreast:
+                try:
+                    return await self._item(item, index, template)
+                except Exception as error:  # noqa: BLE001 - a defect in one item must not take its neighbours along
+                    log.error("admission_defect", exception_class=type(error).__name__, fingerprint=fingerprint(error))
+                    return self._refused(template, UnexpectedError())
+
+        return list(await asyncio.gather(*(one(index, item) for index, item in enumerate(items))))
+
+    async def _item(self, item: bytes | RiskfleetError, index: int, template: Submission) -> Admission | Refusal:
+        if isinstance(item, RiskfleetError):
+            return self._refused(template, item)
+        key = template.identity_header
+        if key is not None and not _is_key(key):
+            return self._refused(template, _unusable_key())
+        return await self.admit(
+            replace(
+                template,
+                body=item,
+                identity_header=None,
+                fallback_identity=None if key is None else item_identity(key, index),
+                allow_generated_identity=False,
             )
-        identity = event.id if event.id is not None else header
-        if identity is not None:
-            return identity
+        )
+
+    def _refused(self, submission: Submission, error: RiskfleetError) -> Refusal:
+        """The refusal of what is not admitted at all, counted like any other."""
+        self._refusals.note(submission.scope, error, submission.source)
+        refusal = Refusal(error)
+        self._measure(submission.source, refusal, 0.0)
+        return refusal
+
+    async def _verdict(self, submission: Submission) -> Admission | Refusal:
+        envelope = _UNOPENED
+        identity: str | None = None
+        event_id: str | None = None
+        try:
+            envelope = _opened(submission)
+            event = _event(submission, envelope.event)
+            identity = _identity(submission, envelope, event) or self._generated(submission)
+            event_id = event_id_of(submission.scope, identity)
+            if event.corrects == event_id:
+                raise DomainValidationError(
+                    "an event cannot correct itself",
+                    pointers=(("/corrects", "must be the event_id of an earlier event"),),
+                )
+            correlation = replace(self._correlation(submission, envelope), event_id=event_id)
+            with bind_correlation(correlation):
+                return await self._accept(submission, event, identity, event_id, correlation)
+        except RiskfleetError as error:
+            if error.pointers:
+                error.pointers = envelope.placed(error.pointers)
+            self._refusals.note(submission.scope, error, submission.source)
+            return Refusal(error, event_id, identity)
+
+    def _generated(self, submission: Submission) -> str:
         if not submission.allow_generated_identity:
             raise DomainValidationError(
-                "the submission has no identity", pointers=(("/id", "is required unless a message_id is sent"),)
+                "the submission has no identity",
+                pointers=(("/id", "is required unless an Idempotency-Key or a message_id is sent"),),
             )
         return self._ports.ids.uuid7()
+
+    def _correlation(self, submission: Submission, envelope: Envelope = _UNOPENED) -> Correlation:
+        bound = current_correlation()
+        return replace(
+            correlation_of(
+                _usable(_CORRELATION_ID, submission.correlation_id, envelope.correlation_id) or bound.correlation_id,
+                _usable(_TRACEPARENT, submission.traceparent, envelope.traceparent) or bound.traceparent,
+                self._ports.ids,
+            ),
+            tenant=submission.scope.tenant_id,
+        )
 
     async def _accept(
         self, submission: Submission, event: Event, identity: str, event_id: str, correlation: Correlation
@@ -238,6 +314,77 @@ class Intake:
         if isinstance(verdict, Admission):  # a refusal was counted by its problem
             result = "replayed" if verdict.replayed else "accepted"
             self._ports.telemetry.record(Measurement(REQUESTS, labels={"door": door, "result": result}))
+
+
+def item_identity(key: str, index: int) -> str:
+    """The identity of item `index` (from 0) of a batch sent with this key, when the item names none."""
+    return f"{key}{ITEM_SEPARATOR}{index}"
+
+
+def foresee(submission: Submission) -> Foreseen | None:
+    """What `admit` would make of a submission, for a caller who must know it before; None: it would be refused."""
+    try:
+        envelope = _opened(submission)
+        event = _event(submission, envelope.event)
+        return Foreseen(_identity(submission, envelope, event), body_digest_of(event.canonical_bytes()))
+    except RiskfleetError:
+        return None
+
+
+def _opened(submission: Submission) -> Envelope:
+    if submission.attributes is not None:
+        return from_headers(submission.attributes, submission.body)
+    document = parse_json(submission.body)
+    return from_structured(document) if submission.structured else Envelope(document)
+
+
+def _event(submission: Submission, document: Any) -> Event:
+    if submission.kind is not None and isinstance(document, dict):
+        document.setdefault("kind", submission.kind)
+    event = parse_event(document)
+    if submission.kind is not None and event.kind != submission.kind:
+        raise DomainValidationError(
+            "the event's kind is not the one that it was sent as",
+            pointers=(("/kind", f"must be {submission.kind} here, or left out"),),
+        )
+    if event.tenant_id is not None and event.tenant_id != submission.scope.tenant_id:
+        raise TenantIsolationError(pointers=(("/tenant_id", "must be the caller's own, or left out"),))
+    return event
+
+
+def _identity(submission: Submission, envelope: Envelope, event: Event) -> str | None:
+    header = submission.identity_header
+    if header is not None and not _is_key(header):
+        raise _unusable_key()
+    if event.id is not None and header is not None and event.id != header:
+        raise DomainValidationError(
+            "the submission has two different identities",
+            pointers=(("/id", "must equal the Idempotency-Key or message_id when both are sent"),),
+        )
+    if event.id is not None and ITEM_SEPARATOR in event.id:
+        raise DomainValidationError(
+            "the event's id cannot be used", pointers=(("/id", "must not hold U+001F, the unit separator"),)
+        )
+    identity = next((name for name in (event.id, header, envelope.identity) if name is not None), None)
+    if identity is None:
+        return submission.fallback_identity
+    if len(identity) > MAX_IDENTITY:  # a CloudEvent's source and id; the others are as short already
+        raise InvalidMetadataError(
+            f"a CloudEvent's source and id have at most {MAX_IDENTITY - 1} characters together; give the event an id"
+        )
+    return identity
+
+
+def _is_key(name: str) -> bool:
+    return 1 <= len(name) <= MAX_IDENTITY and name.isprintable()
+
+
+def _unusable_key() -> InvalidMetadataError:
+    return InvalidMetadataError(f"an identity has 1 to {MAX_IDENTITY} printable characters")
+
+
+def _usable(pattern: re.Pattern[str], *candidates: str | None) -> str | None:
+    return next((one for one in candidates if one is not None and pattern.fullmatch(one)), None)
 
 
 def rfc3339(moment: datetime) -> str:

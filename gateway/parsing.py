@@ -19,11 +19,21 @@ MAX_DEPTH = 32
 MAX_INTEGER = 2**53
 _MAX_DIGITS = len(str(MAX_INTEGER)) + 1  # and a sign
 
+_MEDIA_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json", re.IGNORECASE)
+_CHARSET = re.compile(r'charset\s*=\s*"?([^";\s]+)', re.IGNORECASE)
+
 # A string that is never closed matches up to the end of the body: otherwise each of its escaped quotes
 # would be tried as another start, which is quadratic.
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _OPENING = frozenset(b"[{")
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a content type is JSON in UTF-8: `application/json`, or with the suffix `+json`."""
+    name, _, parameters = content_type.partition(";")
+    charset = _CHARSET.search(parameters)
+    return bool(_MEDIA_TYPE.fullmatch(name.strip())) and (charset is None or charset[1].lower() in ("utf-8", "utf8"))
 
 
 def parse_json(body: bytes, limit: int = MAX_BODY_BYTES) -> Any:

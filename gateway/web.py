@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from contracts.events import MAX_BODY_BYTES
 from contracts.failures import (
     AuthenticationError,
+    AuthorizationError,
     InvalidMetadataError,
     MalformedBodyError,
     OversizedBodyError,
@@ -33,17 +34,22 @@ from contracts.failures import (
     fingerprint,
     problem_document,
 )
-from contracts.identity import Principal
+from contracts.identity import Permission, Principal
 from contracts.messages import JSON, PROBLEM_JSON, PROBLEM_URN
 from contracts.ports import Credentials, Ids
 from contracts.telemetry import bind_correlation, current_correlation
+from contracts.tenancy import TenantScope
 from gateway.intake import correlation_of
-from gateway.parsing import parse_json
+from gateway.parsing import is_json, parse_json
 
 log = structlog.get_logger(__name__)
 
 MAX_CREDENTIAL: Final = 8_192
-_MEDIA_TYPE: Final = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
+CORRELATION: Final = "X-Correlation-ID"
+
+
+Application = Starlette
+"""What `application` makes: the type for rooms that only hand it on."""
 
 
 def application(routes: Sequence[BaseRoute], ids: Ids) -> Starlette:
@@ -64,7 +70,8 @@ def application(routes: Sequence[BaseRoute], ids: Ids) -> Starlette:
 class CorrelationMiddleware:
     """Binds the correlation of a request once, echoes it, and turns a defect into a problem document.
 
-    Pure ASGI: Starlette's BaseHTTPMiddleware runs the endpoint in another task, where nothing bound here is seen.
+    An answer that names a correlation of its own keeps it. Pure ASGI: Starlette's BaseHTTPMiddleware runs the endpoint
+    in another task, where nothing bound here is seen.
     """
 
     def __init__(self, app: ASGIApp, ids: Ids) -> None:
@@ -87,7 +94,7 @@ class CorrelationMiddleware:
             if message["type"] == "http.response.start":
                 begun = True
                 headers = MutableHeaders(scope=message)
-                headers["X-Correlation-ID"] = correlation.correlation_id or ""
+                headers.setdefault(CORRELATION, correlation.correlation_id or "")
                 if correlation.traceparent:
                     headers["traceparent"] = correlation.traceparent
             await send(message)
@@ -115,6 +122,19 @@ async def authenticate(request: Request, credentials: Credentials) -> Principal:
     return principal
 
 
+async def tenant_of(request: Request, credentials: Credentials, permission: Permission) -> TenantScope:
+    """The tenant that the credential is bound to, where it may do this.
+
+    Raises AuthenticationError, and AuthorizationError for a credential of no tenant or without the permission.
+    """
+    principal = await authenticate(request, credentials)
+    if principal.scope is None:
+        raise AuthorizationError("the token is bound to no tenant; log in with one")
+    if not principal.may(permission, principal.scope):
+        raise AuthorizationError(f"the credential does not permit {permission}")
+    return principal.scope
+
+
 def media_type(request: Request) -> str:
     """The media type of the body, in lower case without parameters.
 
@@ -132,7 +152,7 @@ def media_type(request: Request) -> str:
 
 def check_json(request: Request) -> None:
     """Raise UnsupportedMediaTypeError unless the body is sent as JSON."""
-    if not _MEDIA_TYPE.fullmatch(media_type(request)):
+    if not is_json(media_type(request)):
         raise UnsupportedMediaTypeError
 
 
@@ -191,14 +211,16 @@ def _on_error(request: Request, error: Exception) -> Response:
     return problem(request, error)
 
 
+ROUTER_PROBLEMS: Final[Mapping[int, tuple[str, str]]] = {
+    404: ("no-such-path", "there is no such path"),
+    405: ("method-not-allowed", "this path does not answer this method; see the Allow header"),
+}
+"""What the router itself refuses: the problem and its detail by status."""
+
+
 def _on_http_error(request: Request, error: Exception) -> Response:
-    """What the router refuses: an unknown path (404) and a wrong method (405)."""
     status = error.status_code if isinstance(error, HTTPException) else 404
-    name, detail = (
-        ("method-not-allowed", "this path does not answer this method; see the Allow header")
-        if status == 405
-        else ("no-such-path", "there is no such path")
-    )
+    name, detail = ROUTER_PROBLEMS.get(status, ROUTER_PROBLEMS[404])
     document = {
         "type": PROBLEM_URN + name,
         "title": name.replace("-", " ").capitalize(),

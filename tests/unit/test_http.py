@@ -5,38 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from contracts.events import event_id_of
 from contracts.failures import DatabaseError
+from contracts.identity import PERMISSIONS, Role
 from contracts.lifecycle import Status
-from contracts.ports import Confirm
+from contracts.ports import Confirm, DecisionRow
 from contracts.tenancy import TenantScope
 from gateway.health import HealthDoor, HealthReport, health_app, serve
-from gateway.http import HttpPorts, create_app
-from tests.fakes import DoorParts, event_body
+from gateway.http import HttpPorts, create_app, ingest_calls
+from tests.fakes import DoorParts, InMemoryLedger, event_body
+from tests.fakes_doors import WholeDoor, health_door
 
 ACME = TenantScope("acme")
 AUTH = {"Authorization": "Bearer rf_acme_key"}
 JSON = AUTH | {"Content-Type": "application/json"}
 ORDER = event_id_of(ACME, "order-1")
-
-
-def health_door(report: HealthReport | Exception = HealthReport(ready=True)) -> HealthDoor:  # noqa: B008 - frozen
-    async def check() -> HealthReport:
-        if isinstance(report, Exception):
-            raise report
-        return report
-
-    return HealthDoor("test", "0.1.0", check, CollectorRegistry())
 
 
 def app_on(parts: DoorParts, door: HealthDoor | None = None) -> Starlette:
@@ -51,6 +44,11 @@ def client_of(app: Starlette) -> httpx.AsyncClient:
 @pytest.fixture
 def parts() -> DoorParts:
     return DoorParts()
+
+
+@pytest.fixture
+def whole() -> WholeDoor:
+    return WholeDoor()
 
 
 @pytest.fixture
@@ -265,7 +263,129 @@ async def test_a_tenant_sees_itself(client: httpx.AsyncClient) -> None:
     assert document["tenant_id"] == "acme"
     assert document["partition"] == ACME.partition(4)
     assert document["thresholds"]["review_from"] == 40
-    assert document["limits"]["max_body_bytes"] == 65_536
+    assert document["limits"] == {
+        "max_body_bytes": 65_536,
+        "max_batch_bytes": 5_242_880,
+        "max_batch_events": 1_000,
+        "max_wait_seconds": 30,
+    }
+
+
+async def test_an_event_under_way_names_the_process_that_holds_it(client: httpx.AsyncClient, parts: DoorParts) -> None:
+    await client.post("/v1/risk", content=event_body(), headers=JSON)
+    parts.store.states[ACME, ORDER] = replace(parts.store.states[ACME, ORDER], holder="boot-7")
+    assert (await client.get(f"/v1/events/{ORDER}", headers=AUTH)).json()["holder"] == "boot-7"
+
+
+class LateLedger(InMemoryLedger):
+    """The first question comes a moment before the commit."""
+
+    asked = 0
+
+    async def decisions(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[DecisionRow | None]:
+        self.asked += 1
+        return [None] * len(keys) if self.asked == 1 else await super().decisions(keys)
+
+
+async def test_an_event_that_is_decided_between_two_questions_is_not_called_failed() -> None:
+    parts = DoorParts(ledger=LateLedger())
+    async with client_of(app_on(parts)) as client:
+        await client.post("/v1/risk", content=event_body(), headers=JSON)
+        parts.decided(ORDER, ACME)
+        parts.store.move_on(ACME, ORDER, 4, Status("approved"), None)
+        document = (await client.get(f"/v1/events/{ORDER}", headers=AUTH)).json()
+    assert (document["status"], document["revision"]) == ("approved", 1)
+
+
+# --- the feed ---------------------------------------------------------------------------------------
+
+
+async def test_the_feed_brings_every_decision_of_the_tenant_once(whole: WholeDoor) -> None:
+    whole.feed.decisions[ACME] = [b'{"n":%d}' % n for n in range(5)]
+    whole.feed.decisions[TenantScope("globex")] = [b'{"n":"foreign"}']
+    seen: list[int] = []
+    cursor: str | None = None
+    async with client_of(whole.app()) as client:
+        for more in (True, True, False):
+            query = {"limit": "2"} | ({"after": cursor} if cursor else {})
+            page = (await client.get("/v1/decisions", params=query, headers=AUTH)).json()
+            seen += [decision["n"] for decision in page["decisions"]]
+            cursor = page["cursor"]
+            assert page["more"] is more
+        empty = (await client.get("/v1/decisions", params={"after": str(cursor)}, headers=AUTH)).json()
+    assert seen == [0, 1, 2, 3, 4]
+    assert empty == {"decisions": [], "cursor": cursor, "more": False}
+
+
+async def test_an_empty_feed_has_no_cursor_yet(whole: WholeDoor) -> None:
+    async with client_of(whole.app()) as client:
+        page = (await client.get("/v1/decisions", headers=AUTH)).json()
+    assert page == {"decisions": [], "cursor": None, "more": False}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?after=unknown",
+        "?after=c99",
+        "?after=",
+        "?after=" + "x" * 300,
+        "?after=c0&after=c0",
+        "?limit=0",
+        "?limit=1001",
+        "?limit=-1",
+        "?limit=ten",
+        "?limit=%D9%A3",
+        "?limit=1&limit=2",
+        "?after=%00",
+    ],
+)
+async def test_a_page_that_cannot_be_meant_is_422(whole: WholeDoor, query: str) -> None:
+    async with client_of(whole.app()) as client:
+        assert_problem(await client.get(f"/v1/decisions{query}", headers=AUTH), 422, "invalid-metadata")
+
+
+# --- who may what -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_the_table_of_permissions_is_what_the_calls_go_by(whole: WholeDoor, role: Role) -> None:
+    calls = ingest_calls(
+        whole.parts.intake, whole.ports, whole.parts.refusals, health_door(), partitions=whole.parts.partitions
+    )
+    headers = {"Authorization": f"Bearer rf_acme_{role.lower()}", "Content-Type": "application/json"}
+    checked = 0
+    async with client_of(whole.app()) as client:
+        for call in calls:
+            if call.permission is None:
+                continue
+            response = await client.request(call.method, call.path, headers=headers, content=b"x")
+            assert (response.status_code == 403) is (call.permission not in PERMISSIONS[role]), (role, call.path)
+            if response.status_code == 403:
+                assert_problem(response, 403, "forbidden")
+            checked += 1
+    assert checked == 10
+
+
+async def test_a_viewer_reads_and_does_not_submit(whole: WholeDoor) -> None:
+    viewer = {"Authorization": "Bearer rf_acme_viewer"}
+    async with client_of(whole.app()) as client:
+        await client.post("/v1/risk", content=event_body(), headers=JSON)
+        assert (await client.get(f"/v1/events/{ORDER}", headers=viewer)).status_code == 200
+        refused = await client.post("/v1/risk", content=event_body(), headers=JSON | viewer)
+        assert_problem(refused, 403, "forbidden")
+    assert whole.parts.telemetry.count("riskfleet_refusals_total", door="http", problem="forbidden") == 1
+
+
+async def test_a_token_that_is_bound_to_no_tenant_is_403(whole: WholeDoor) -> None:
+    async with client_of(whole.app()) as client:
+        response = await client.get("/v1/tenant", headers={"Authorization": "Bearer rf_unbound"})
+        assert "bound to no tenant" in assert_problem(response, 403, "forbidden")["detail"]
+
+
+async def test_what_this_process_does_not_have_is_no_path_of_it(client: httpx.AsyncClient) -> None:
+    for method, path in (("POST", "/v1/labels"), ("POST", "/v1/simulate"), ("GET", "/v1/decisions")):
+        assert_problem(await client.request(method, path, headers=JSON), 404, "no-such-path")
 
 
 async def test_unknown_paths_and_methods_are_problem_documents(client: httpx.AsyncClient) -> None:
@@ -274,6 +394,16 @@ async def test_unknown_paths_and_methods_are_problem_documents(client: httpx.Asy
     response = await client.get("/v1/risk")
     assert_problem(response, 405, "method-not-allowed")
     assert response.headers["allow"] == "POST"
+    response = await client.delete("/v1/events")
+    assert_problem(response, 405, "method-not-allowed")
+    assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+
+
+async def test_head_is_answered_where_get_is(client: httpx.AsyncClient) -> None:
+    response = await client.head("/v1/tenant", headers=AUTH)
+    assert response.status_code == 200
+    assert int(response.headers["content-length"]) > 0
+    assert (await client.head("/v1/events", headers=AUTH)).status_code == 422
 
 
 async def test_a_traceparent_is_taken_when_it_is_one_and_made_otherwise(client: httpx.AsyncClient) -> None:
@@ -339,11 +469,12 @@ async def test_a_real_server_answers_and_stops_when_told() -> None:
 header_text = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=40)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS"]),
-    st.sampled_from(["/v1/risk", "/v1/events", "/v1/tenant", "/v1/events/"]).flatmap(
-        lambda base: st.text(max_size=4).map(lambda tail: base + tail)
-    ),
+    st.sampled_from(
+        ["/v1/risk", "/v1/events", "/v1/tenant", "/v1/events/", "/v1/events/batch", "/v1/labels", "/v1/decisions"]
+    ).flatmap(lambda base: st.text(max_size=4).map(lambda tail: base + tail)),
     st.binary(max_size=40),
     st.dictionaries(
         st.sampled_from(
@@ -355,6 +486,8 @@ header_text = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude
                 "x-correlation-id",
                 "traceparent",
                 "authorization",
+                "prefer",
+                "ce-id",
             ]
         ),
         header_text,
@@ -381,6 +514,6 @@ def test_nothing_that_a_client_sends_is_answered_with_500(
     async def send(message: Any) -> None:
         answers.append(message)
 
-    asyncio.run(app_on(DoorParts())(scope, receive, send))
+    asyncio.run(WholeDoor().app()(scope, receive, send))
     assert answers[0]["status"] < 500
     assert b"x-correlation-id" in dict(answers[0]["headers"])

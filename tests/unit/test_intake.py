@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.codec import CARRIER_HEADER, Entry, decode_carrier, record_of_entry, state_from_bytes
@@ -27,15 +30,26 @@ from contracts.failures import (
     StateStoreError,
     TenantIsolationError,
     UnsupportedSchemaVersionError,
+    classify,
 )
 from contracts.lifecycle import Status
-from contracts.ports import Confirm
+from contracts.ports import Confirm, DecisionRow
 from contracts.state import AuditRecord
+from contracts.telemetry import Correlation, bind_correlation
 from contracts.tenancy import TenantScope
 from contracts.topology import WORK, audit_queue, stage_queue
-from gateway.intake import Admission, Refusal, Submission, correlation_of
+from gateway.intake import (
+    ITEM_SEPARATOR,
+    Admission,
+    Foreseen,
+    Refusal,
+    Submission,
+    correlation_of,
+    foresee,
+    item_identity,
+)
 from gateway.refusals import RefusalCounter, RefusalPolicy
-from tests.fakes import CountingIds, DoorParts, SteppingClock, event_body
+from tests.fakes import CountingIds, DoorParts, InMemoryLedger, SteppingClock, event_body
 
 ACME, GLOBEX = TenantScope("acme"), TenantScope("globex")
 POST = Submission(
@@ -150,6 +164,8 @@ async def test_the_same_identity_of_two_tenants_is_two_events() -> None:
         (replace(POST, identity_header="x" * 257), InvalidMetadataError, None),
         (replace(POST, identity_header="a\nb"), InvalidMetadataError, None),
         (replace(DELIVERY, body=event_body(id=None)), DomainValidationError, "/id"),
+        (replace(POST, body=event_body(id="a\x1fb")), DomainValidationError, "/id"),
+        (replace(POST, body=event_body(corrects=event_id_of(ACME, "order-1"))), DomainValidationError, "/corrects"),
     ],
 )
 async def test_a_refusal_names_the_field_and_publishes_nothing(
@@ -186,6 +202,186 @@ async def test_only_a_single_http_post_gets_an_identity_and_is_told_it() -> None
     refusal = await refused(parts, replace(POST, body=event_body(id=None)))
     assert refusal.identity is not None
     assert refusal.event_id == event_id_of(ACME, refusal.identity)
+
+
+async def test_an_event_may_correct_another_one_and_another_tenants_number_is_another_event() -> None:
+    for corrected in (event_id_of(ACME, "order-0"), event_id_of(GLOBEX, "order-1")):
+        assert (await admitted(DoorParts(), replace(POST, body=event_body(corrects=corrected)))).event_id != corrected
+
+
+async def test_what_the_sender_names_no_trace_of_has_the_doors_own() -> None:
+    unnamed = replace(POST, correlation_id=None, traceparent="nonsense")
+    with bind_correlation(Correlation(correlation_id="of-the-request", traceparent=POST.traceparent)):
+        assert (await admitted(DoorParts(), unnamed)).correlation_id == "of-the-request"
+        assert (await admitted(DoorParts())).correlation_id == "corr-1"
+    assert (await admitted(DoorParts(), unnamed)).correlation_id not in ("of-the-request", "corr-1")
+
+
+@pytest.mark.parametrize(
+    "submission",
+    [
+        POST,
+        replace(POST, kind="risk", body=event_body(kind=None)),
+        replace(POST, body=event_body(id=None), identity_header="key"),
+        replace(POST, body=event_body(id=None), fallback_identity="made"),
+    ],
+)
+async def test_what_is_foreseen_of_a_submission_is_what_it_becomes(submission: Submission) -> None:
+    parts = DoorParts()
+    foreseen = foresee(submission)
+    admission = await admitted(parts, submission)
+    state = state_from_bytes(published_entry(parts).body)
+    assert foreseen == Foreseen(admission.identity, state.body_digest)
+    assert foresee(replace(submission, body=b"{")) is None
+
+
+def test_an_identity_that_must_be_made_cannot_be_foreseen() -> None:
+    foreseen = foresee(replace(POST, body=event_body(id=None)))
+    assert foreseen is not None
+    assert foreseen.identity is None
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+def item(number: int, **changes: object) -> bytes:
+    return event_body(id=f"order-{number}", **changes)
+
+
+async def batch(parts: DoorParts, *items: bytes | RiskfleetError, key: str | None = None) -> list[Admission | Refusal]:
+    verdicts = await parts.intake.admit_batch(items, replace(POST, identity_header=key))
+    assert len(verdicts) == len(items)
+    return verdicts
+
+
+def results(verdicts: list[Admission | Refusal]) -> list[str]:
+    return [
+        type(verdict.error).__name__ if isinstance(verdict, Refusal) else "replayed" if verdict.replayed else "new"
+        for verdict in verdicts
+    ]
+
+
+async def test_a_bad_item_never_harms_its_neighbours_and_every_one_is_counted() -> None:
+    parts = DoorParts()
+    unmapped = DomainValidationError("the record has 3 cells")
+    verdicts = await batch(
+        parts, item(1), b"{", item(2, kind="x"), unmapped, b" " * 70_000, b"NaN", item(3, tenant_id="globex"), item(4)
+    )
+    assert results(verdicts) == [
+        "new",
+        "MalformedBodyError",
+        "DomainValidationError",
+        "DomainValidationError",
+        "OversizedBodyError",
+        "MalformedBodyError",
+        "TenantIsolationError",
+        "new",
+    ]
+    assert len(parts.publisher.messages) == 2
+    assert parts.telemetry.count("riskfleet_requests_total", door="http", result="refused") == 6
+    assert parts.telemetry.count("riskfleet_requests_total", door="http", result="accepted") == 2
+    parts.clock.step(1)
+    assert await parts.refusals.flush() == 0
+    assert len(parts.publisher.messages) == 3  # one carrier of records, all of acme's partition
+
+
+async def test_answers_stand_in_the_order_of_the_items_also_far_beyond_one_group() -> None:
+    parts = DoorParts()
+    numbers = [number * 7919 % 1000 for number in range(1000)]
+    verdicts = await batch(parts, *(item(number) for number in numbers))
+    assert [verdict.identity for verdict in verdicts] == [f"order-{number}" for number in numbers]
+    assert results(verdicts) == ["new"] * 1000
+    assert results(await batch(parts, *(item(number) for number in numbers))) == ["replayed"] * 1000
+
+
+@pytest.mark.parametrize("apart", [0, 1, 63, 64, 200])
+async def test_of_two_items_with_one_identity_the_first_wins(apart: int) -> None:
+    parts = DoorParts()
+    between = [item(number) for number in range(2, 2 + apart)]
+    same, *_, again = await batch(parts, item(1), *between, item(1))
+    assert results([same, again]) == ["new", "replayed"]
+    assert (same.event_id, same.identity) == (again.event_id, again.identity)
+    assert len(parts.store.states) == 1 + apart
+    assert len({m.body for m in parts.publisher.messages if m.message_id.startswith(str(same.event_id))}) == 1
+    parts = DoorParts()
+    first, *_, other = await batch(parts, item(1), *between, item(1, type="login"))
+    assert results([first, other]) == ["new", "IdempotencyConflictError"]
+    stored = parts.store.states[ACME, event_id_of(ACME, "order-1")].stored
+    assert stored is not None
+    assert state_from_bytes(stored).event.type == "payment.card"
+
+
+async def test_of_two_items_with_one_identity_the_second_may_succeed_where_the_first_was_not_confirmed() -> None:
+    parts = DoorParts()
+    parts.publisher.answers = [Confirm.UNKNOWN]
+    first, again = await batch(parts, item(1), item(1))
+    assert results([first, again]) == ["MessagingFailureError", "replayed"]
+    assert first.event_id == again.event_id
+
+
+async def test_a_batchs_key_gives_each_item_without_an_id_an_identity_that_a_repeat_has_again() -> None:
+    parts = DoorParts()
+    nameless = event_body(id=None)
+    verdicts = await batch(parts, nameless, item(7), nameless, b"{", key="batch-1")
+    assert [verdict.identity for verdict in verdicts] == ["batch-1\x1f0", "order-7", "batch-1\x1f2", None]
+    assert len(parts.store.states) == 3
+    again = await batch(parts, nameless, item(7), nameless, b"{", key="batch-1")
+    assert results(again) == ["replayed", "replayed", "replayed", "MalformedBodyError"]
+    assert results(await batch(parts, event_body(id=None, type="login"), key="batch-1")) == ["IdempotencyConflictError"]
+    assert results(await batch(parts, nameless, key="batch-2")) == ["new"]
+
+
+async def test_an_item_without_any_identity_is_refused_even_where_a_single_post_would_get_one() -> None:
+    assert POST.allow_generated_identity
+    (verdict,) = await batch(DoorParts(), event_body(id=None))
+    assert isinstance(verdict, Refusal)
+    assert [pointer for pointer, _ in verdict.error.pointers] == ["/id"]
+
+
+@pytest.mark.parametrize("key", ["", "x" * 257, "a\x1fb", "a\nb"])
+async def test_a_batch_with_an_unusable_key_is_refused_item_by_item(key: str) -> None:
+    verdicts = await batch(DoorParts(), item(1), event_body(id=None), key=key)
+    assert results(verdicts) == ["InvalidMetadataError"] * 2
+
+
+@settings(deadline=None)
+@given(st.text(max_size=8), st.text(max_size=8), st.integers(0, 999), st.integers(0, 999))
+def test_an_items_identity_is_never_that_of_another_key_item_or_event(
+    key: str, other: str, index: int, other_index: int
+) -> None:
+    if key.isprintable() and other.isprintable():
+        same = item_identity(key, index) == item_identity(other, other_index)
+        assert same == ((key, index) == (other, other_index))
+    # What names an event in any other way holds no separator: see the refusals above.
+    assert not item_identity(key, index).isprintable()
+    assert ITEM_SEPARATOR in item_identity(key, index)
+
+
+async def test_a_defect_in_one_item_is_that_items_alone() -> None:
+    parts = DoorParts(ledger=BrokenLedger())
+    await batch(parts, item(1))
+    parts.store.move_on(ACME, event_id_of(ACME, "order-1"), 1, Status.CREATED, None)  # a repeat asks the ledger
+    assert results(await batch(parts, item(1), item(2))) == ["UnexpectedError", "new"]
+
+
+async def test_while_a_server_is_away_every_item_is_named_and_a_repeat_completes_the_batch() -> None:
+    parts = DoorParts()
+    parts.store.down = True
+    verdicts = await batch(parts, item(1), b"{", item(2))
+    assert results(verdicts) == ["StateStoreError", "MalformedBodyError", "StateStoreError"]
+    assert verdicts[2].event_id == event_id_of(ACME, "order-2")
+    parts.store.down = False
+    assert results(await batch(parts, item(1), b"{", item(2))) == ["new", "MalformedBodyError", "new"]
+
+
+class BrokenLedger(InMemoryLedger):
+    """A ledger with a defect: it raises what no port may raise."""
+
+    async def decisions(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[DecisionRow | None]:
+        raise KeyError("payload")
+
+
+# --- without a confirm ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("answer", [Confirm.UNKNOWN, Confirm.REFUSED, Confirm.UNROUTABLE])
@@ -280,6 +476,7 @@ async def test_stopping_flushes_the_open_second_too() -> None:
     assert [m.routing_key for m in parts.publisher.messages] == [audit_queue(ACME.partition(4))]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.sampled_from(["a", "b"]))), st.integers(1, 4))
 def test_no_refusal_is_counted_twice_or_lost_whatever_the_clock_does(
     steps: list[tuple[int, bool, str]], max_open: int
@@ -316,6 +513,7 @@ fields: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(
     fields.map(lambda d: json.dumps(d).encode()) | st.binary(max_size=64) | fields.map(lambda d: event_body(**d)),
     st.none() | st.text(max_size=6),
@@ -336,3 +534,106 @@ def test_whatever_is_sent_is_admitted_or_refused_with_a_client_error(
     else:
         assert isinstance(verdict.error, DomainValidationError | TenantIsolationError)
         assert parts.publisher.messages == []
+
+
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+events = fields.map(lambda d: json.loads(event_body()) | d)
+envelopes = st.fixed_dictionaries(
+    {"data": events | json_values, "specversion": st.sampled_from(["1.0", "1.0", "0.3", 1])},
+    optional={
+        "id": st.text(max_size=4) | json_values,
+        "source": st.sampled_from(["/s", "a|b", "", 5, "/" + "s" * 300]),
+        "type": st.sampled_from(["login", "com.Example", None, 5]),
+        "time": st.sampled_from(["2026-01-31T11:59:59Z", "now", 5]),
+        "traceparent": st.text(max_size=4) | json_values,
+    },
+)
+bodies = st.binary(max_size=64) | (json_values | events | envelopes).map(lambda d: json.dumps(d).encode())
+
+
+@settings(deadline=None)
+@given(
+    st.lists(bodies | st.just(DomainValidationError("no row")), max_size=5),
+    st.none() | st.text(max_size=6),
+    st.booleans(),
+    st.none() | st.dictionaries(st.sampled_from(["id", "source", "type", "specversion", "time"]), st.text(max_size=4)),
+)
+def test_whatever_a_batch_holds_each_item_is_admitted_or_refused_with_a_client_error(
+    items: list[bytes | RiskfleetError], key: str | None, structured: bool, attributes: dict[str, str] | None
+) -> None:
+    parts = DoorParts()
+    template = replace(POST, identity_header=key, structured=structured, attributes=attributes)
+    verdicts = asyncio.run(parts.intake.admit_batch(items, template))
+    assert len(verdicts) == len(items)
+    for verdict in verdicts:
+        if isinstance(verdict, Refusal):
+            assert classify(verdict.error).status < 500
+            assert verdict.error.detail
+        else:
+            assert verdict.event_id == event_id_of(ACME, verdict.identity)
+    admitted_ids = {verdict.event_id for verdict in verdicts if isinstance(verdict, Admission)}
+    assert {event_id for _, event_id in parts.store.states} >= admitted_ids
+
+
+SHARED = Path(os.environ.get("RISKFLEET_SHARED") or Path(__file__).parents[3] / "shared")
+NAUGHTY = SHARED / "corpora" / "naughty-strings" / "blns.json"
+
+needs_naughty = pytest.mark.skipif(
+    not NAUGHTY.exists(), reason=f"naughty strings NOT FOUND at {NAUGHTY}: set RISKFLEET_SHARED; fewer bad inputs tried"
+)
+
+FREE = """id subject.type subject.id subject.name counterparty.type counterparty.id counterparty.name attributes.x text
+metadata.x"""
+BOUND = "corrects kind type occurred_at amount.value amount.currency risk_score regulatory_flags attributes metadata"
+
+
+def event_with(places: str, naughty: str) -> dict[str, Any]:
+    """An otherwise valid event with the string in some places; validation looks at each of them."""
+    document: dict[str, Any] = json.loads(event_body())
+    for place in places.split():
+        target = document
+        *parents, leaf = place.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = naughty
+    return document
+
+
+def naughty_submissions(naughty: str) -> list[Submission]:
+    """The string in every field, as the name of a field, in every header, and as the body itself."""
+    documents = [event_with(places, naughty) for places in (FREE, BOUND, "tenant_id", "schema_version")]
+    documents += [json.loads(event_body()) | {"attributes": {naughty: naughty}, "metadata": {naughty: naughty}}]
+    documents += [json.loads(event_body()) | {naughty: naughty}]
+    cloudevent = {"specversion": "1.0", "id": naughty, "source": naughty, "type": naughty, "time": naughty}
+    wrapped = cloudevent | {"data": json.loads(event_body(id=None)), "traceparent": naughty, naughty: naughty}
+    return [
+        *(replace(POST, body=json.dumps(document, ensure_ascii=False).encode()) for document in documents),
+        replace(POST, body=naughty.encode()),
+        replace(POST, body=event_body(id=None), identity_header=naughty, correlation_id=naughty, traceparent=naughty),
+        replace(POST, body=json.dumps(wrapped).encode(), structured=True),
+        replace(POST, body=event_body(id=None, type=None), attributes=cloudevent | {"specversion": "1.0", "time": ""}),
+    ]
+
+
+@needs_naughty
+def test_no_naughty_string_in_any_place_is_more_than_an_event_or_a_client_error() -> None:
+    strings = json.loads(NAUGHTY.read_bytes())
+    assert len(strings) > 500
+    parts = DoorParts()
+
+    async def scenario() -> list[Admission | Refusal]:
+        return [
+            await parts.intake.admit(submission) for naughty in strings for submission in naughty_submissions(naughty)
+        ]
+
+    for verdict in asyncio.run(scenario()):
+        if isinstance(verdict, Refusal):
+            assert classify(verdict.error).status < 500, verdict
+    # What was taken is stored in bytes that the next reader writes in the same way.
+    stored = {published_entry(parts, index).body for index in range(len(parts.publisher.messages))}
+    assert len(stored) > len(strings)
+    assert all(canonical_json(json.loads(body)) == body for body in stored)

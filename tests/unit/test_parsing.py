@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from contracts.events import canonical_json
 from contracts.failures import MalformedBodyError, OversizedBodyError, RiskfleetError
-from gateway.parsing import parse_json
+from gateway.batch import split_json_array
+from gateway.parsing import is_json, parse_json
 
 SHARED = Path(os.environ.get("RISKFLEET_SHARED") or Path(__file__).parents[3] / "shared")
 CORPUS = SHARED / "corpora" / "json" / "test_parsing"
@@ -70,6 +71,45 @@ def test_what_the_standard_leaves_open_is_accepted_or_refused_but_never_crashes(
         except RiskfleetError:
             continue
         canonical_json(document)
+
+
+@needs_corpus
+def test_a_document_of_the_corpus_among_others_in_a_batch_comes_out_as_it_is_or_refuses_the_batch() -> None:
+    """What can be told from its neighbours is judged alone: nothing bad is taken, and no neighbour is damaged."""
+    alone = 0
+    for path in [*corpus("n"), *corpus("y"), *corpus("i")]:
+        content = path.read_bytes()
+        try:
+            elements = split_json_array(b'["before",' + content + b',"after"]')
+        except MalformedBodyError:
+            assert path.name.startswith(("n_", "i_")), path.name  # its own brackets or quotes do not match
+            continue
+        if elements[1:-1] == [content.strip(b" \t\r\n")]:
+            alone += 1
+        else:  # commas outside brackets and quotes, closed and opened brackets: then each piece is judged
+            assert path.name.startswith("n_"), path.name
+        assert (elements[0], elements[-1]) == (b'"before"', b'"after"')
+    assert alone > 200
+
+
+@pytest.mark.parametrize(
+    ("content_type", "taken"),
+    [
+        ("application/json", True),
+        ("Application/JSON; charset=UTF-8", True),
+        ('application/json;charset="utf-8"', True),
+        ("application/cloudevents+json", True),
+        ("application/vnd.acme.v1+json ; q=1", True),
+        ("application/json; charset=latin-1", False),
+        ("text/json", False),
+        ("application/jsonx", False),
+        ("application/cloudevents+avro", False),
+        ("application/+json", False),
+        ("", False),
+    ],
+)
+def test_a_content_type_is_json_by_its_name_or_suffix_and_in_utf_8(content_type: str, taken: bool) -> None:
+    assert is_json(content_type) == taken
 
 
 @pytest.mark.parametrize(
@@ -145,6 +185,22 @@ def test_no_body_of_64_kib_costs_more_than_linear_time(body: bytes) -> None:
     with contextlib.suppress(RiskfleetError):
         parse_json(body)
     assert time.process_time() - started < 0.25
+
+
+NAUGHTY = SHARED / "corpora" / "naughty-strings" / "blns.json"
+
+
+@pytest.mark.skipif(
+    not NAUGHTY.exists(),
+    reason=f"naughty strings NOT FOUND at {NAUGHTY}: set RISKFLEET_SHARED; fewer strings are tried",
+)
+def test_naughty_strings_are_read_back_as_they_were_sent() -> None:
+    strings = json.loads(NAUGHTY.read_bytes())
+    assert len(strings) > 500
+    for text in strings:
+        for body in (json.dumps({text: [text]}), json.dumps({text: [text]}, ensure_ascii=False)):
+            assert parse_json(body.encode()) == {text: [text]}
+            assert json.loads(canonical_json(parse_json(body.encode()))) == {text: [text]}
 
 
 characters = st.characters(codec="utf-8", exclude_characters="\0")

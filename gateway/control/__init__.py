@@ -1,0 +1,1 @@
+"""The operator API: registry, approvals, people, and what operators look at."""

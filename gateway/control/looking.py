@@ -1,0 +1,141 @@
+"""The calls of operators who look: one event, dead letters, an event's audit records.
+
+Read only. Promises: no payload is in any answer; what another tenant owns is not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from contracts.failures import InvalidMetadataError
+from contracts.identity import Permission
+from gateway.calls import Answer, Call, Endpoint, Parameter, Schema
+from gateway.control.desk import Desk
+from gateway.control.parameters import (
+    AFTER,
+    EVENT,
+    TENANT,
+    choice,
+    choice_parameter,
+    event_id,
+    event_of,
+    limit_parameter,
+    number,
+    one,
+)
+from gateway.web import json_answer
+from governance.postgres.deadletters import MAX_PAGE, LetterFilter, LetterPage, LetterView
+from governance.postgres.looking import MAX_RECORDS, ChainPage, EventView
+
+_TENANT: Final = "/ops/v1/tenants/{tenant}"
+_LETTERS: Final = f"{_TENANT}/deadletters"
+_EVERY: Final = "all"
+_STATUS: Final = ("open", "closed", "replayed", "discarded", _EVERY)
+_LETTER: Final = Parameter("letter_id", "path", "The dead letter.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    endpoint: Endpoint
+    permission: Permission
+    answer: Schema
+    parameters: tuple[Parameter, ...]
+
+
+def calls(desk: Desk) -> list[Call]:
+    """The calls of this room."""
+    door = _Door(desk)
+    filters = (
+        choice_parameter("status", "Default: open.", _STATUS),
+        Parameter("stage", "query", "Only of this stage."),
+        Parameter("category", "query", "Only of this category of failure."),
+        Parameter("fingerprint", "query", "Only of this group of failures."),
+        *(AFTER, limit_parameter(MAX_PAGE)),
+    )
+    event = Parameter("event_id", "query", "The event.", {"type": "string", "pattern": "^[0-9a-f]{32}$"}, required=True)
+    after = Parameter("after", "query", "`next` of the page before.", {"type": "integer", "minimum": 0})
+    chain = (event, after, limit_parameter(MAX_RECORDS))
+    return [
+        _look(
+            f"{_TENANT}/events/{{event_id}}",
+            "lookAtEvent",
+            "Where an event is, and what became of it",
+            _Reading(door.event, Permission.EVENTS_READ, EventView, (EVENT,)),
+        ),
+        _look(
+            _LETTERS,
+            "listDeadLetters",
+            "Dead letters, the newest first",
+            _Reading(door.letters, Permission.DEADLETTERS_READ, LetterPage, filters),
+        ),
+        _look(
+            f"{_LETTERS}/{{letter_id}}",
+            "showDeadLetter",
+            "One dead letter: sizes and digests, not bodies",
+            _Reading(door.letter, Permission.DEADLETTERS_READ, LetterView, (_LETTER,)),
+        ),
+        _look(
+            f"{_TENANT}/audit",
+            "listAuditRecords",
+            "The audit records of one event, in the order of the chain",
+            _Reading(door.records, Permission.AUDIT_READ, ChainPage, chain),
+        ),
+    ]
+
+
+class _Door:
+    """The endpoints."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def event(self, request: Request) -> Response:
+        _, scope = await self._desk.tenant(request, Permission.EVENTS_READ)
+        return _answer(await self._desk.looking.event(scope, event_of(request)))
+
+    async def letters(self, request: Request) -> Response:
+        _, scope = await self._desk.tenant(request, Permission.DEADLETTERS_READ)
+        status = choice(request, "status", _STATUS, "open")
+        wanted = LetterFilter.model_validate(
+            {name: one(request, name) for name in ("stage", "category", "fingerprint")}
+            | {"status": None if status == _EVERY else status}
+        )
+        limit = number(request, "limit", 50, 1, MAX_PAGE)
+        return _answer(await self._desk.looking.letters(scope, wanted, after=one(request, "after"), limit=limit))
+
+    async def letter(self, request: Request) -> Response:
+        _, scope = await self._desk.tenant(request, Permission.DEADLETTERS_READ)
+        return _answer(await self._desk.looking.letter(scope, str(request.path_params["letter_id"])))
+
+    async def records(self, request: Request) -> Response:
+        _, scope = await self._desk.tenant(request, Permission.AUDIT_READ)
+        named = one(request, "event_id")
+        if named is None:
+            raise InvalidMetadataError("name the event: ?event_id=")
+        after = number(request, "after", 0, 0, 2**63 - 1)
+        limit = number(request, "limit", MAX_RECORDS, 1, MAX_RECORDS)
+        return _answer(await self._desk.looking.records(scope, event_id(named), after=after, limit=limit))
+
+
+def _look(path: str, operation: str, summary: str, reading: _Reading) -> Call:
+    return Call(
+        "GET",
+        path,
+        operation,
+        summary,
+        reading.endpoint,
+        reading.permission,
+        {200: Answer("What is there now", reading.answer)},
+        (TENANT, *reading.parameters),
+        problems=(404, 422, 503),
+        tag="looking",
+    )
+
+
+def _answer(document: BaseModel) -> Response:
+    return json_answer(200, document.model_dump(mode="json"))

@@ -6,8 +6,8 @@ Exit codes: 0 done · 1 failed or not verified · 2 wrong usage or settings · 3
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
+import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +22,10 @@ from rich.table import Table
 from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage, topology
+from deploy import cli_people, keys, local, logs, provision, role, settings, submit
 from deploy import doctor as doctor_checks
-from deploy import keys, local, logs, provision, role, settings, submit
+from deploy.cli_approvals import approvals_app, dlq_app
+from deploy.cli_registry import halt_app, registry_app
 from deploy.processes import ServersError
 from deploy.runtime import SystemClock
 from deploy.servers import running_urls
@@ -46,8 +48,13 @@ for name, group in {
     "events": events_app,
     "keys": keys_app,
     "config": config_app,
+    "registry": registry_app,
+    "halt": halt_app,
+    "approvals": approvals_app,
+    "dlq": dlq_app,
 }.items():
     app.add_typer(group, name=name)
+cli_people.attach(app)
 
 console = Console()
 errors = Console(stderr=True)
@@ -66,7 +73,7 @@ class Sink(StrEnum):
 
 
 def _settings() -> settings.Settings:
-    return settings.load({k: v for k, v in os.environ.items() if k not in submit.CLIENT_VARIABLES})
+    return settings.load()
 
 
 def _found_settings() -> settings.Settings:
@@ -84,10 +91,40 @@ def up(
     oneshot: Annotated[
         bool, typer.Option("--oneshot", envvar="ONESHOT", help="Stop after the table; exit 1 unless all adds up.")
     ] = False,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="All roles in one process, in memory, without servers; nothing is kept.")
+    ] = False,
 ) -> None:
     """The whole fleet on this machine: servers, schema, topology, every role."""
     logs.configure("warning", "up")
+    if embedded:
+        if demo or oneshot:
+            raise typer.BadParameter("--embedded streams nothing: use it alone, or try 'riskfleet decide FILE'")
+        from deploy.trial import up_embedded
+
+        raise typer.Exit(up_embedded(_settings(), console))
     raise typer.Exit(local.up(_settings(), demo=demo, oneshot=oneshot))
+
+
+@app.command()
+def decide(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSON object or array, NDJSON, or CSV.")],
+    columns: Annotated[
+        list[str] | None, typer.Option("--map", help="CSV: FIELD=COLUMN, e.g. amount.value=total; repeat.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decide a file of events in memory and show what came out: the one-minute way to try the engine."""
+    from deploy.trial import decide_file, decisions_table
+
+    logs.configure("error", "decide")
+    began = time.monotonic()
+    tried = decide_file(_settings(), file, columns or [], None if as_json else errors)
+    if as_json:
+        _print_json([item.to_json() for item in tried])
+    else:
+        console.print(decisions_table(tried, time.monotonic() - began))
+    raise typer.Exit(1 if any(item.problem for item in tried) else 0)
 
 
 @app.command()
@@ -100,6 +137,12 @@ def gateway() -> None:
 def ingress(health_port: HealthPort = None) -> None:
     """The AMQP door."""
     role.run("ingress", None, health_port)
+
+
+@app.command()
+def control() -> None:
+    """The operator API: registry, approvals, people, tenants."""
+    role.run("control", None, None)
 
 
 @app.command()

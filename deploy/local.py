@@ -59,12 +59,14 @@ def with_servers(settings: Settings, urls: ServerUrls) -> Settings:
 
 
 def roles(health_base: int) -> list[RoleSpec]:
-    """Every role of a local fleet in stop order; each has a health port from `health_base` on (the gateway its own)."""
+    """Every role of a local fleet in stop order; each has a health port from `health_base` on (the two
+    HTTP doors answer health on their own)."""
     named = [
         ("gateway", ("gateway",)),
         ("ingress", ("ingress",)),
         *((str(stage), ("worker", str(stage))) for stage in STAGES),
         *((f"sink-{name}", ("sink", name)) for name in ("parking", "audit", "metrics")),
+        ("control", ("control",)),
     ]
     return [
         RoleSpec(name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), _order(name), 15.0)
@@ -87,6 +89,10 @@ def up(settings: Settings, *, demo: bool, oneshot: bool, health_base: int = 9100
     if settings.http_port and not port_is_free(settings.http_port):
         raise SettingsError(
             f"port {settings.http_port} is taken (another fleet?); stop it, or set RISKFLEET_HTTP_PORT to a free one"
+        )
+    if settings.control_port and not port_is_free(settings.control_port):
+        raise SettingsError(
+            f"port {settings.control_port} is taken (another fleet?); stop it, or set RISKFLEET_CONTROL_PORT"
         )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -214,10 +220,15 @@ def show_report(console: Console, report: StreamReport) -> None:
 
 def _show_urls(console: Console, settings: Settings, health_base: int, servers: StartedServers | None) -> None:
     base = f"http://{settings.http_host}:{settings.http_port}"
-    metrics = f"http://{settings.health_host}:{health_base + len(roles(health_base)) - 1}/metrics"
+    names = [role.name for role in roles(health_base)]
+    metrics = f"http://{settings.health_host}:{health_base + names.index('sink-metrics')}/metrics"
+    operators = f"http://{settings.control_host}:{settings.control_port}"
     console.print(f"gateway   {base}/v1/events   health {base}/health/ready", highlight=False)
+    console.print(f"documents {base}/docs", highlight=False)
+    console.print(f"operators {operators}/ops/v1   (riskfleet login)", highlight=False)
     console.print(f"metrics   {metrics}", highlight=False)
     console.print(f"demo key  in {provision.credentials_file(settings.data_dir)}", highlight=False)
+    console.print(f"people    in {provision.first_login_file(settings.data_dir)}", highlight=False)
     console.print(f"logs      in {Path(settings.data_dir) / 'logs'}", highlight=False)
     if servers is not None:
         console.print("Ctrl-C drains and stops everything; the data stays for the next start", highlight=False)

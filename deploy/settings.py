@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -95,11 +96,35 @@ def variables() -> dict[str, str]:
     return {name: _PLAIN.get(name, f"RISKFLEET_{name.upper()}") for name in Settings.model_fields}
 
 
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What the client commands read; a role ignores these variables."""
+
+    url: str = "http://127.0.0.1:8080"
+    control_url: str | None = None
+    api_key: str | None = None
+    token: str | None = None
+
+
+CLIENT_VARIABLES: Final = {
+    "RISKFLEET_URL": "url",
+    "RISKFLEET_CONTROL_URL": "control_url",
+    "RISKFLEET_API_KEY": "api_key",
+    "RISKFLEET_TOKEN": "token",
+}
+
+
+def client(environment: Mapping[str, str] | None = None) -> ClientSettings:
+    """The client's settings from the environment."""
+    env = os.environ if environment is None else environment
+    return ClientSettings(**{name: env[v] for v, name in CLIENT_VARIABLES.items() if env.get(v)})
+
+
 def load(environment: Mapping[str, str] | None = None) -> Settings:
     """Read settings from the environment. Raises SettingsError naming every variable that is wrong."""
     env = os.environ if environment is None else environment
     names = variables()
-    known = set(names.values())
+    known = {*names.values(), *CLIENT_VARIABLES}
     unknown = sorted(v for v in env if v.startswith("RISKFLEET_") and v not in known)
     if unknown:
         raise SettingsError(f"unknown variable {', '.join(unknown)}; known ones stand in .env.example")

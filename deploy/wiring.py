@@ -11,14 +11,17 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from contracts.failures import InfrastructureError, StateStoreError
+from contracts.ports import Simulator
 from contracts.topology import (
+    DELIVERY_QUEUE,
+    LABELS_QUEUE,
     METRICS_QUEUE,
     PARKED_SOURCES,
     STAGES,
@@ -38,9 +41,11 @@ from governance.postgres import engine as pg
 from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.deadletters import PostgresDeadLetters
 from governance.postgres.directory import PostgresDirectory
+from governance.postgres.feed import PostgresDecisionFeed
+from governance.postgres.labels import PostgresLabelBook
 from governance.postgres.ledger import PostgresLedger
 from governance.postgres.registry import PostgresRegistry
-from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher
+from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
 from workers.telemetry import QueueTelemetry
 
@@ -110,8 +115,15 @@ async def check_eviction(state_store: RedisStateStore) -> None:
 
 
 def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any, None]:
-    """The work of a role: gateway, ingress, worker STAGE, or sink audit|metrics|parking. Raises SettingsError."""
+    """The work of a role: gateway, ingress, control, worker STAGE, or sink audit|metrics|parking.
+
+    Raises SettingsError for a role that there is not.
+    """
     match role, which:
+        case "control", None:
+            from deploy.control import run_control
+
+            return run_control(settings)
         case "gateway", None:
             return run_gateway(settings)
         case "ingress", None:
@@ -135,7 +147,7 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
             k.state_store,
             ledger,
             k.publisher,
-            StagePorts(ledger, PostgresRegistry(k.engine, k.clock)),
+            StagePorts(ledger, registry(k)),
             k.telemetry,
             k.clock,
             k.ids,
@@ -143,60 +155,104 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
         policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
         runner = StageRunner(stage, ports, settings.partitions, policy)
         queues = [stage_queue(stage, p) for p in range(settings.partitions)]
-        await _consume(k, stage, queues, runner.handle)
+        await _consume(k, stage, [(queues, runner.handle)])
+
+
+def registry(k: Kit) -> PostgresRegistry:
+    """The registry as workers read it: what is signed by this installation's keys, and what the release brings."""
+    return PostgresRegistry(k.engine, k.clock, keys.artifact_verifier(k.settings))
 
 
 async def run_sink(settings: Settings, sink: str) -> None:
-    """One sink (audit, metrics or parking), until SIGTERM or SIGINT."""
-    from workers.sinks.audit import AuditSink
-    from workers.sinks.metrics import MetricsSink
-    from workers.sinks.parking import ParkingSink
+    """One sink (audit, metrics or parking), until SIGTERM or SIGINT.
 
+    Parking takes whatever comes seldom and ends in a row or a second try: dead letters, labels, and decisions on
+    their ladder.
+    """
     async with kit(settings, f"sink-{sink}") as k:
-        registry = CollectorRegistry()
-        handler: Handler
+        measured = CollectorRegistry()
         if sink == "audit":
+            from workers.sinks.audit import AuditSink
+
             queues = [audit_queue(p) for p in range(settings.partitions)]
-            handler = AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock).handle
+            parts = [(queues, AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock).handle)]
         elif sink == "parking":
-            queues = [parked_queue(source) for source in PARKED_SOURCES]
-            handler = ParkingSink(PostgresDeadLetters(k.engine, k.clock), k.clock).handle
+            from workers.sinks.delivery import DeliverySink
+            from workers.sinks.labels import LabelsSink
+            from workers.sinks.parking import ParkingSink
+
+            letters = ParkingSink(PostgresDeadLetters(k.engine, k.clock), k.clock)
+            labels = LabelsSink(PostgresLabelBook(k.engine), k.publisher, k.telemetry, k.clock)
+            parts = [
+                ([parked_queue(source) for source in PARKED_SOURCES], letters.handle),
+                ([LABELS_QUEUE], labels.handle),
+                ([DELIVERY_QUEUE], DeliverySink(k.publisher, k.telemetry).handle),
+            ]
         else:
-            queues = [METRICS_QUEUE]
-            handler = MetricsSink(registry).handle
-        await _consume(k, f"sink-{sink}", queues, handler, registry)
+            from workers.sinks.metrics import MetricsSink
+
+            parts = [([METRICS_QUEUE], MetricsSink(measured).handle)]
+        await _consume(k, f"sink-{sink}", parts, measured)
 
 
 async def run_gateway(settings: Settings) -> None:
     """The HTTP door, until SIGTERM or SIGINT."""
+    from deploy.credentials import authenticator
     from gateway.http import HttpPorts, create_app
+    from gateway.labelling import LabelDesk
+    from gateway.waiting import Waiting
 
     async with kit(settings, "gateway") as k:
         ledger = PostgresLedger(k.engine)
         refusals, intake = _doors(k, ledger)
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
-        ports = HttpPorts(directory, directory, ledger, k.state_store, k.ids)
-        door = _health(k, CollectorRegistry(), lambda: None)
-        app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
-        stop = _stop_signal()
-        async with _background(k, stop, refusals.run(asyncio.Event())):
-            await serve(app, settings.http_host, settings.http_port, stop=stop)
+        stop = stop_signal()
+        async with AsyncExitStack() as stack:
+            replies = RabbitReplies(settings.need("rabbitmq_url"), k.boot)
+            await replies.start()
+            stack.push_async_callback(replies.close)
+            ports = HttpPorts(
+                authenticator(settings, directory, k.clock),
+                directory,
+                ledger,
+                k.state_store,
+                k.ids,
+                feed=PostgresDecisionFeed(k.engine),
+                labels=LabelDesk(k.publisher, k.telemetry, k.clock, refusals),
+                simulator=_simulator(k, ledger),
+                waiting=Waiting(replies, ledger, k.clock, stopping=stop),
+            )
+            door = health_door(k, CollectorRegistry(), lambda: None)
+            app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
+            async with background(k, stop, refusals.run(asyncio.Event())):
+                await serve(app, settings.http_host, settings.http_port, stop=stop)
         await refusals.flush(final=True)
+
+
+def _simulator(k: Kit, ledger: PostgresLedger) -> Simulator | None:
+    if not k.settings.simulations:
+        return None
+    from workers.simulation import StageSimulator
+    from workers.stages import StagePorts
+
+    return StageSimulator(StagePorts(ledger, registry(k)), k.clock, k.ids, k.settings.simulations)
 
 
 async def run_ingress(settings: Settings) -> None:
     """The AMQP door over the ingest queue of every tenant with a broker user, until SIGTERM or SIGINT."""
     from gateway.ingress import Ingress
+    from gateway.labelling import LabelDesk
 
     async with kit(settings, "ingress") as k:
         refusals, intake = _doors(k, PostgresLedger(k.engine))
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
-        ingress = Ingress(intake, directory, k.publisher, refusals, k.clock, k.ids)
+        labels = LabelDesk(k.publisher, k.telemetry, k.clock, refusals)
+        ingress = Ingress(intake, labels, directory, k.publisher, refusals, k.clock, k.ids)
         consumer = _consumer(k, [UNROUTED], ingress.handle)
-        stop = _stop_signal()
+        stop = stop_signal()
         await consumer.start()
-        async with _background(k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory), consumer.join()):
-            door = _health(k, CollectorRegistry(), lambda: consumer.paused_reason)
+        async with background(k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory), consumer.join()):
+            door = health_door(k, CollectorRegistry(), lambda: consumer.paused_reason)
             await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
         await consumer.stop()
         await refusals.flush(final=True)
@@ -227,22 +283,30 @@ def _consumer(k: Kit, queues: Sequence[str], handler: Handler, policy: ConsumerP
 
 
 async def _consume(
-    k: Kit, role: str, queues: Sequence[str], handler: Handler, registry: CollectorRegistry | None = None
+    k: Kit, role: str, parts: Sequence[tuple[Sequence[str], Handler]], measured: CollectorRegistry | None = None
 ) -> None:
-    """Beat, consume and answer health until told to stop; then finish the group in hand."""
+    """Beat, consume and answer health until told to stop; then finish the groups in hand."""
     await k.state_store.beat()
     sink = ConsumerPolicy(_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S) if role.startswith("sink-") else None
-    consumer = _consumer(k, queues, handler, sink)
-    stop = _stop_signal()
-    await consumer.start()
-    log.info("role.ready", role=role, count=len(queues))
-    async with _background(k, stop, consumer.join()):
-        door = _health(k, registry or CollectorRegistry(), lambda: consumer.paused_reason)
+    consumers = [_consumer(k, queues, handler, sink) for queues, handler in parts]
+    stop = stop_signal()
+    for consumer in consumers:
+        await consumer.start()
+    log.info("role.ready", role=role, count=sum(len(queues) for queues, _ in parts))
+    async with background(k, stop, *(consumer.join() for consumer in consumers)):
+
+        def paused() -> str | None:
+            return next((consumer.paused_reason for consumer in consumers if consumer.paused_reason), None)
+
+        door = health_door(k, measured or CollectorRegistry(), paused)
         await serve(health_app(door), k.settings.health_host, k.settings.health_port, stop=stop)
-    await consumer.stop()
+    for consumer in consumers:
+        await consumer.stop()
 
 
-def _health(k: Kit, registry: CollectorRegistry, paused: Callable[[], str | None]) -> HealthDoor:
+def health_door(k: Kit, measured: CollectorRegistry, paused: Callable[[], str | None]) -> HealthDoor:
+    """Health of a role: its three servers answer, and it is not paused."""
+
     async def check() -> HealthReport:
         try:
             await k.probe()
@@ -251,11 +315,11 @@ def _health(k: Kit, registry: CollectorRegistry, paused: Callable[[], str | None
         reason = paused()
         return HealthReport(reason is None, (f"paused: {reason}",) if reason else ())
 
-    return HealthDoor(k.settings.environment, k.settings.version, check, registry)
+    return HealthDoor(k.settings.environment, k.settings.version, check, measured)
 
 
 @asynccontextmanager
-async def _background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> AsyncIterator[None]:
+async def background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> AsyncIterator[None]:
     """The heartbeat and other endless work beside a role; a task that dies stops the role, loudly."""
     tasks = [asyncio.ensure_future(item) for item in (_beat_forever(k), *work)]
     for task in tasks:
@@ -278,7 +342,8 @@ async def _beat_forever(k: Kit) -> None:
         await asyncio.sleep(_BEAT_S)
 
 
-def _stop_signal() -> asyncio.Event:
+def stop_signal() -> asyncio.Event:
+    """Set once SIGTERM or SIGINT comes."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

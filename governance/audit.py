@@ -142,11 +142,20 @@ class TrailGaps:
 def trail_gaps(decided: Iterable[EventState], found: Mapping[str, bytes]) -> TrailGaps:
     """Compare the trails of decided states with `found`: record id → body of every chain record of their events.
 
-    A record whose body is not byte for byte what the trail says counts as missing.
+    A record whose body is not byte for byte what the trail says counts as missing. An orphan is the record of a version
+    that no decision stands on; what people did to an event, and that it was parked, are records of their own.
     """
     owed = {record.record_id: record.body for state in decided for record in state.records()}
     missing = sorted(record_id for record_id, body in owed.items() if found.get(record_id) != body)
-    return TrailGaps(tuple(missing), tuple(sorted(found.keys() - owed.keys())))
+    others = sorted(found.keys() - owed.keys())
+    return TrailGaps(tuple(missing), tuple(record_id for record_id in others if _of_a_version(found[record_id])))
+
+
+def _of_a_version(body: bytes) -> bool:
+    try:
+        return "entry" in orjson.loads(body)
+    except (orjson.JSONDecodeError, TypeError):
+        return True
 
 
 def operator_record(

@@ -8,14 +8,12 @@ artifact or an activation that is there. Goes forward only.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
-import orjson
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, text
@@ -26,12 +24,11 @@ from sqlalchemy.pool import NullPool
 from contracts.events import canonical_json
 from contracts.failures import DatabaseError, InvalidModelStateError
 from governance.postgres.engine import driver_url, is_operational, translated
-from governance.postgres.registry import SHARED
+from governance.registry import RELEASE_APPROVER, RELEASE_AUTHOR, SHARED, ReleaseArtifact, release_artifacts
 
-DEFAULTS: Final = Path(__file__).resolve().parents[2] / "governance" / "defaults"
 WAIT_S: Final = 30.0
 _LOCK: Final = 7_205_759_403_793
-_AUTHOR, _APPROVER = "riskfleet", "riskfleet-release"
+_REASON: Final = "brought by the release"
 
 GRANTS: Final[Mapping[str, str]] = {
     "events": "SELECT, INSERT",
@@ -47,7 +44,7 @@ GRANTS: Final[Mapping[str, str]] = {
     "registry_versions": "SELECT, INSERT, UPDATE (status, submitted_at, approver, approved_at, signature, key_id)",
     "registry_transitions": "SELECT",
     "registry_approvals": "SELECT, INSERT",
-    "registry_active": "SELECT, INSERT, UPDATE, DELETE",
+    "registry_active": "SELECT, INSERT, UPDATE (name, version, activated_at, activated_by), DELETE",
     "registry_activations": "SELECT, INSERT",
     "halts": "SELECT, INSERT, UPDATE, DELETE",
     "tenants": "SELECT, INSERT, UPDATE",
@@ -89,7 +86,7 @@ async def apply(migration_url: str, app_role: str = "riskfleet_app", *, wait_s: 
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
                 await connection.run_sync(_run_alembic)
                 await _grant(connection, app_role)
-                await _seed(connection, default_artifacts())
+                await _seed(connection, release_artifacts())
                 await connection.commit()
             finally:
                 await connection.close()
@@ -132,16 +129,12 @@ async def _grant(connection: AsyncConnection, app_role: str) -> None:
         await connection.execute(text(statement))
 
 
-def default_artifacts(directory: Path = DEFAULTS) -> Sequence[Mapping[str, Any]]:
-    """The artifacts that this release brings, in order of their file names."""
-    return [orjson.loads(path.read_bytes()) for path in sorted(directory.glob("*.json"))]
-
-
 _INSERT_VERSION: Final = text(
     """
     INSERT INTO registry_versions (tenant, kind, name, version, digest, content, status, author, approver, reason,
-                                   approved_at)
-    VALUES (:tenant, :kind, :name, :version, :digest, :content, 'active', :author, :approver, :reason, now())
+                                   approved_at, owner, purpose, use_tag, limitations, evidence)
+    VALUES (:tenant, :kind, :name, :version, :digest, :content, 'approved', :author, :approver, :reason, now(), :author,
+            :purpose, :use_tag, :limitations, CAST(CAST(:evidence AS text) AS jsonb))
     ON CONFLICT DO NOTHING
     """
 )
@@ -153,23 +146,47 @@ _READ_DIGEST: Final = text(
 )
 _ACTIVATE: Final = text(
     """
-    INSERT INTO registry_active (tenant, kind, scope_key, name, version)
-    VALUES (:tenant, :kind, :scope_key, :name, :version) ON CONFLICT DO NOTHING
+    WITH placed AS (
+        INSERT INTO registry_active (tenant, kind, scope_key, name, version, activated_by)
+        SELECT tenant, kind, :scope_key, name, version, :author FROM registry_versions
+         WHERE tenant = :tenant AND kind = :kind AND name = :name AND version = :version
+           AND status IN ('approved', 'active')
+        ON CONFLICT DO NOTHING RETURNING *)
+    INSERT INTO registry_activations (tenant, kind, scope_key, action, name, version, activated_by, reason,
+                                      activated_at)
+    SELECT tenant, kind, scope_key, 'activate', name, version, activated_by, :reason, activated_at FROM placed
+    """
+)
+_MARK_ACTIVE: Final = text(
+    """
+    UPDATE registry_versions v SET status = 'active'
+     WHERE v.tenant = :tenant AND v.kind = :kind AND v.name = :name AND v.version = :version AND v.status = 'approved'
+       AND EXISTS (SELECT 1 FROM registry_active a WHERE a.tenant = v.tenant AND a.kind = v.kind AND a.name = v.name
+                                                     AND a.version = v.version)
     """
 )
 
 
-async def _seed(connection: AsyncConnection, artifacts: Sequence[Mapping[str, Any]]) -> None:
+async def _seed(connection: AsyncConnection, artifacts: Sequence[ReleaseArtifact]) -> None:
     """Add versions that are new, and activate them where nothing is active yet: the choice is the operator's."""
     await connection.execute(text("SELECT set_config('rf.tenants', :tenants, true)"), {"tenants": "{" + SHARED + "}"})
     for artifact in artifacts:
-        content = canonical_json(artifact["content"])
-        key = {"tenant": SHARED} | {name: artifact[name] for name in ("kind", "name", "version")}
-        digest = hashlib.sha256(content).hexdigest()
-        about = {"author": _AUTHOR, "approver": _APPROVER, "reason": artifact.get("purpose", "")}
-        await connection.execute(_INSERT_VERSION, key | about | {"digest": digest, "content": content})
-        if (await connection.execute(_READ_DIGEST, key)).scalar_one() != digest:
-            name = f"{artifact['kind']} {artifact['name']} version {artifact['version']}"
+        key = {"tenant": SHARED, "kind": artifact.kind, "name": artifact.name, "version": artifact.version}
+        about = {
+            "author": RELEASE_AUTHOR,
+            "approver": RELEASE_APPROVER,
+            "reason": _REASON,
+            "purpose": artifact.purpose,
+            "use_tag": artifact.use_tag,
+            "limitations": artifact.limitations,
+            "evidence": canonical_json(artifact.evidence).decode(),
+        }
+        content = {"digest": artifact.digest, "content": artifact.content}
+        await connection.execute(_INSERT_VERSION, key | about | content)
+        if (await connection.execute(_READ_DIGEST, key)).scalar_one() != artifact.digest:
+            name = f"{artifact.kind} {artifact.name} version {artifact.version}"
             raise InvalidModelStateError(f"the default {name} differs from the registered one; give it a new version")
-        for scope_key in artifact["scopes"]:
-            await connection.execute(_ACTIVATE, key | {"scope_key": scope_key})
+        for scope_key in artifact.scopes:
+            placing = {"scope_key": scope_key, "author": RELEASE_AUTHOR, "reason": _REASON}
+            await connection.execute(_ACTIVATE, key | placing)
+        await connection.execute(_MARK_ACTIVE, key)

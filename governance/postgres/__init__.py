@@ -7,7 +7,7 @@ everywhere, and every failure of the server arrives as a DatabaseError. Makes no
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from governance.postgres.audit import AuditReport, PostgresAuditLog
-from governance.postgres.deadletters import PostgresDeadLetters
+from governance.postgres.deadletters import LetterSummary, PostgresDeadLetters
 from governance.postgres.directory import (
     PostgresDirectory,
     create_api_key,
@@ -27,7 +27,7 @@ from governance.postgres.engine import (
 )
 from governance.postgres.ledger import PostgresLedger
 from governance.postgres.registry import PostgresRegistry
-from governance.postgres.reports import Counts, EventSummary, LetterSummary, counts, event_summary
+from governance.postgres.reports import Counts, EventSummary, counts, event_summary
 
 __all__ = [
     "AsyncEngine",

@@ -1,7 +1,8 @@
 """Tenants, API keys and users: read before a tenant is known, so these three tables have no row-level security.
 
-Promises: a key is compared in constant time; an answer, the negative one too, is at most 5 s old; a flood of
-invented keys neither grows the memory nor drives known keys out of it. What a key may do is decided elsewhere.
+Promises: a key is compared in constant time; an answer, the negative one too, is at most 4 s old, so that with the
+way to the caller a revocation holds within 5 s; an expiry holds at once; a flood of invented keys neither grows the
+memory nor drives known keys out of it. What a key may do is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Row, func, insert, select, text
+from sqlalchemy import Row, TextClause, func, insert, select, text
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,10 +25,11 @@ from contracts.ports import Clock, TenantProfile
 from contracts.state import Thresholds
 from contracts.tenancy import TenantScope
 from governance.access import matches, parse_api_key
+from governance.identity import Person
 from governance.postgres.engine import sqlstate, transaction
 from governance.postgres.schema import api_keys, memberships, tenants, users
 
-MAX_AGE_S: Final = 5.0
+MAX_AGE_S: Final = 4.0
 _MAX_KEYS: Final = 10_000
 _UNIQUE_VIOLATION: Final = "23505"
 _FOREIGN_KEY_VIOLATION: Final = "23503"
@@ -66,10 +69,33 @@ class Aging(Generic[K, V]):
 class _StoredKey:
     mac: bytes
     principal: Principal
+    expires_at: datetime | None
+
+    def lives(self, now: datetime) -> bool:
+        """Whether the key has not expired."""
+        return self.expires_at is None or now < self.expires_at
+
+
+@dataclass(frozen=True, slots=True)
+class _Tenants:
+    profiles: tuple[TenantProfile, ...]
+    active: frozenset[TenantScope]
+
+
+_PERSON: Final = """
+    SELECT u.user_id, u.disabled_at, u.tokens_valid_from,
+           array(SELECT ARRAY[m.tenant, m.role] FROM memberships m WHERE m.user_id = u.user_id) AS grants
+      FROM users u WHERE
+"""
+_BY_ID: Final = text(_PERSON + "u.user_id = :user_id")
+_BY_SUBJECT: Final = text(_PERSON + "u.oidc_issuer = :issuer AND u.oidc_subject = :subject")
 
 
 class PostgresDirectory:
-    """The port Directory over the tables `tenants` and `api_keys`; `pepper` is the key of the stored MACs."""
+    """The ports Directory and PersonBook over `tenants`, `users` and `memberships`, and the API keys of Credentials.
+
+    `pepper` is the key of the stored MACs.
+    """
 
     def __init__(self, engine: AsyncEngine, clock: Clock, pepper: bytes) -> None:
         self._engine = engine
@@ -77,7 +103,8 @@ class PostgresDirectory:
         self._pepper = pepper
         self._known: Aging[str, _StoredKey] = Aging(MAX_AGE_S, _MAX_KEYS)
         self._unknown: Aging[str, bool] = Aging(MAX_AGE_S, _MAX_KEYS)
-        self._tenants: Aging[str, tuple[TenantProfile, ...]] = Aging(MAX_AGE_S, 1)
+        self._tenants: Aging[str, _Tenants] = Aging(MAX_AGE_S, 1)
+        self._people: Aging[tuple[str, ...], tuple[Person | None]] = Aging(MAX_AGE_S, _MAX_KEYS)
 
     async def principal(self, api_key: str) -> Principal | None:
         """The owner of an API key; None when it is malformed, unknown, revoked, or its tenant is not active."""
@@ -94,37 +121,74 @@ class PostgresDirectory:
                 self._unknown.put(presented.key_id, True, now)
                 return None
             self._known.put(presented.key_id, stored, now)
-        return stored.principal if matches(presented, stored.mac, self._pepper) else None
+        known = matches(presented, stored.mac, self._pepper) and stored.lives(self._clock.now())
+        return stored.principal if known else None
 
     async def _read_key(self, key_id: str) -> _StoredKey | None:
         query = (
-            select(api_keys.c.tenant, api_keys.c.mac, api_keys.c.role, api_keys.c.owner)
+            select(api_keys.c.tenant, api_keys.c.mac, api_keys.c.role, api_keys.c.owner, api_keys.c.expires_at)
             .join(tenants, tenants.c.tenant_id == api_keys.c.tenant)
             .where(api_keys.c.key_id == key_id, api_keys.c.revoked_at.is_(None), tenants.c.status == "active")
-            .where((api_keys.c.expires_at.is_(None)) | (api_keys.c.expires_at > func.now()))
         )
         async with transaction(self._engine, ()) as connection:
             row = (await connection.execute(query)).one_or_none()
         if row is None:
             return None
-        return _StoredKey(bytes(row.mac), _key_owner(TenantScope(row.tenant), key_id, row))
+        return _StoredKey(bytes(row.mac), _key_owner(TenantScope(row.tenant), key_id, row), row.expires_at)
 
     async def tenants(self) -> Sequence[TenantProfile]:
-        """Every active tenant, in order of its id; at most 5 s old."""
+        """Every tenant, in order of its id; at most 4 s old.
+
+        Suspended ones too: what their broker user had published before is confirmed, so it is still taken up.
+        """
+        return (await self._read_tenants()).profiles
+
+    async def serves(self, scope: TenantScope) -> bool:
+        """Whether the tenant exists and is not suspended; at most 4 s old."""
+        return scope in (await self._read_tenants()).active
+
+    async def _read_tenants(self) -> _Tenants:
         now = self._clock.monotonic()
         cached = self._tenants.get("", now)
         if cached is not None:
             return cached
-        query = select(tenants).where(tenants.c.status == "active").order_by(tenants.c.tenant_id)
         async with transaction(self._engine, ()) as connection:
-            rows = (await connection.execute(query)).all()
-        profiles = tuple(_profile(row) for row in rows)
-        self._tenants.put("", profiles, now)
-        return profiles
+            rows = (await connection.execute(select(tenants).order_by(tenants.c.tenant_id))).all()
+        active = frozenset(TenantScope(row.tenant_id) for row in rows if row.status == "active")
+        found = _Tenants(tuple(_profile(row) for row in rows), active)
+        self._tenants.put("", found, now)
+        return found
+
+    async def person(self, user_id: str) -> Person | None:
+        """A user by id, with every grant; at most 4 s old."""
+        return await self._person(("id", user_id), _BY_ID, {"user_id": user_id})
+
+    async def person_of(self, issuer: str, subject: str) -> Person | None:
+        """A user by what an OpenID Connect issuer calls them; at most 4 s old."""
+        return await self._person(("oidc", issuer, subject), _BY_SUBJECT, {"issuer": issuer, "subject": subject})
+
+    async def _person(self, key: tuple[str, ...], query: TextClause, values: dict[str, str]) -> Person | None:
+        now = self._clock.monotonic()
+        cached = self._people.get(key, now)
+        if cached is not None:
+            return cached[0]
+        person = None
+        # A NUL fits no column, so nobody is called that.
+        if not any("\0" in value for value in values.values()):
+            async with transaction(self._engine, ()) as connection:
+                row = (await connection.execute(query, values)).one_or_none()
+            person = None if row is None else _person(row)
+        self._people.put(key, (person,), now)
+        return person
 
 
 def _key_owner(scope: TenantScope, key_id: str, row: Any) -> Principal:
     return Principal(f"key:{key_id}", row.owner, frozenset({Grant(scope.tenant_id, Role(row.role))}), scope)
+
+
+def _person(row: Row[Any]) -> Person:
+    grants = frozenset(Grant(tenant, Role(role)) for tenant, role in row.grants)
+    return Person(row.user_id, grants, row.disabled_at is not None, row.tokens_valid_from)
 
 
 def _profile(row: Row[Any]) -> TenantProfile:
@@ -186,18 +250,37 @@ async def has_users(engine: AsyncEngine) -> bool:
         return bool((await connection.execute(select(func.count()).select_from(users))).scalar_one())
 
 
+@dataclass(frozen=True, slots=True)
+class FirstUser:
+    """A user whom the installation itself makes, before there is anybody to make one."""
+
+    user_id: str
+    name: str
+    grants: frozenset[Grant]
+    password_hash: str | None = None
+
+
 async def create_first_admin(
     engine: AsyncEngine, user_id: str, name: str, password_hash: str | None = None, role: Role = Role.ADMIN
 ) -> bool:
     """Make the first user; False when there is any user already, however many call this at once."""
+    return await create_first_users(
+        engine, [FirstUser(user_id, name, frozenset({Grant(EVERYWHERE, role)}), password_hash)]
+    )
+
+
+async def create_first_users(engine: AsyncEngine, people: Sequence[FirstUser]) -> bool:
+    """Make the first users, all or none; False when there is any user already, however many call this at once."""
     async with transaction(engine, ()) as connection:
         await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _FIRST_ADMIN_LOCK})
         if (await connection.execute(select(func.count()).select_from(users))).scalar_one():
             return False
-        values = {"user_id": user_id, "name": name, "password_hash": password_hash}
-        await connection.execute(insert(users).values(**values))
-        grant = {"user_id": user_id, "tenant": EVERYWHERE, "role": role, "granted_by": "installation"}
-        await connection.execute(insert(memberships).values(**grant))
+        for user in people:
+            values = {"user_id": user.user_id, "name": user.name, "password_hash": user.password_hash}
+            await connection.execute(insert(users).values(**values))
+            for grant in sorted(user.grants, key=lambda grant: (grant.tenant, grant.role)):
+                row = {"user_id": user.user_id, "tenant": grant.tenant, "role": grant.role}
+                await connection.execute(insert(memberships).values(**row, granted_by="installation"))
         return True
 
 

@@ -1,14 +1,16 @@
 """Events and decisions: who owns an identity, and what was decided, once.
 
-Promises: the first body of an identity owns it, the first decision of a revision stands, and everybody reads back
-the same bytes. One statement per step for any number of rows, always in the order (tenant, event), so that two
-processes with the same events wait for each other and never for ever. Computes nothing about a decision.
+Promises: the first body of an identity owns it, the first decision of a revision stands, everybody reads back the
+same bytes, and a correction takes the place of what it corrects whichever of the two is decided first. One statement
+per step for any number of rows, always in the order (tenant, event), so that two processes with the same events wait
+for each other and never for ever. Computes nothing about a decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final
 
@@ -21,9 +23,9 @@ from contracts.outcomes import Outcome
 from contracts.ports import DecisionRow, EventRow
 from contracts.state import EventState, SubjectHistory
 from contracts.tenancy import TenantScope
+from governance.approvals import ApprovalPolicy, Cause, Opening, opening, policy_of
+from governance.postgres.corrections import Correction, Key, lock_events, supersede
 from governance.postgres.engine import clean, columns, moment, transaction
-
-Key = tuple[TenantScope, str]
 
 _EVENT: Final = (
     *("tenant", "event_id", "identity", "body_digest", "kind", "type", "subject_type", "subject_id"),
@@ -70,35 +72,53 @@ _KNOWN: Final = text(
 
 _DECISION: Final = (
     *("tenant", "event_id", "outcome", "decided_by", "body_digest", "digest", "decision", "state", "score"),
-    "decided_at",
+    *("decided_at", "corrects"),
 )
+# A correction that was decided before what it corrects is waiting here for it. The first to be decided counts.
 _INSERT_DECISIONS: Final = text(
     """
     INSERT INTO decisions (tenant, event_id, revision, outcome, decided_by, body_digest, digest, decision, state,
-                           score, decided_at)
+                           score, decided_at, corrects, superseded_by)
     SELECT k.tenant, k.event_id, 1, k.outcome, k.decided_by, k.body_digest, k.digest, k.decision, k.state, k.score,
-           k.decided_at
+           k.decided_at, k.corrects,
+           (SELECT c.event_id FROM decisions c
+             WHERE c.tenant = k.tenant AND c.corrects = k.event_id AND c.revision = 1
+             ORDER BY c.feed_xid, c.event_id LIMIT 1)
       FROM unnest(
         CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:outcome AS text[]), CAST(:decided_by AS text[]),
         CAST(:body_digest AS text[]), CAST(:digest AS text[]), CAST(:decision AS bytea[]), CAST(:state AS bytea[]),
-        CAST(:score AS numeric[]), CAST(:decided_at AS timestamptz[]))
-        AS k(tenant, event_id, outcome, decided_by, body_digest, digest, decision, state, score, decided_at)
+        CAST(:score AS numeric[]), CAST(:decided_at AS timestamptz[]), CAST(:corrects AS text[]))
+        AS k(tenant, event_id, outcome, decided_by, body_digest, digest, decision, state, score, decided_at, corrects)
     ON CONFLICT DO NOTHING
-    RETURNING tenant, event_id
+    RETURNING tenant, event_id, superseded_by
     """
 )
 
+_APPROVAL: Final = (
+    *("tenant", "event_id", "revision", "opened_at", "reasons", "kind", "cause", "opened_by", "open_reason"),
+    *("priority", "amount", "currency", "approvers_needed", "due_at", "expires_at", "expiry_outcome"),
+)
 # An array of arrays must be rectangular, so the reason codes of a row travel as one JSON text.
 _OPEN_APPROVALS: Final = text(
     """
-    INSERT INTO approvals (tenant, event_id, revision, opened_at, status, reasons)
-    SELECT k.tenant, k.event_id, 1, k.opened_at, 'open',
-           ARRAY(SELECT jsonb_array_elements_text(CAST(k.reasons AS jsonb)))
-      FROM unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:opened_at AS timestamptz[]),
-                  CAST(:reasons AS text[])) AS k(tenant, event_id, opened_at, reasons)
+    INSERT INTO approvals (tenant, event_id, revision, opened_at, status, reasons, kind, cause, opened_by, open_reason,
+                           priority, amount, currency, approvers_needed, due_at, expires_at, expiry_outcome)
+    SELECT k.tenant, k.event_id, k.revision, k.opened_at, 'open',
+           ARRAY(SELECT jsonb_array_elements_text(CAST(k.reasons AS jsonb))), k.kind, k.cause, k.opened_by,
+           k.open_reason, k.priority, k.amount, k.currency, k.approvers_needed, k.due_at, k.expires_at,
+           k.expiry_outcome
+      FROM unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[]), CAST(:revision AS integer[]),
+                  CAST(:opened_at AS timestamptz[]), CAST(:reasons AS text[]), CAST(:kind AS text[]),
+                  CAST(:cause AS text[]), CAST(:opened_by AS text[]), CAST(:open_reason AS text[]),
+                  CAST(:priority AS integer[]), CAST(:amount AS numeric[]), CAST(:currency AS text[]),
+                  CAST(:approvers_needed AS integer[]), CAST(:due_at AS timestamptz[]),
+                  CAST(:expires_at AS timestamptz[]), CAST(:expiry_outcome AS text[]))
+           AS k(tenant, event_id, revision, opened_at, reasons, kind, cause, opened_by, open_reason, priority, amount,
+                currency, approvers_needed, due_at, expires_at, expiry_outcome)
     ON CONFLICT DO NOTHING
     """
 )
+_POLICIES: Final = text("SELECT tenant_id, approval_policy FROM tenants WHERE tenant_id = ANY(CAST(:tenant AS text[]))")
 
 _CLOSE_LETTERS: Final = text(
     """
@@ -161,7 +181,9 @@ class PostgresLedger:
     async def decide(self, states: Sequence[EventState]) -> Sequence[DecisionRow]:
         """Insert revision 1 of each decided state, open the approvals of those that won, and read back, by position.
 
-        Raises InvalidWorkflowStateError for a state without a decision.
+        A state whose event corrects another takes its place: every revision of the other is marked as superseded and
+        its open approval is closed, now or when the other comes to be decided. Raises InvalidWorkflowStateError for
+        a state without a decision.
         """
         if not states:
             return ()
@@ -169,12 +191,14 @@ class PostgresLedger:
         ordered = sorted(states, key=_order)
         rows = [_decision(state) for state in ordered]
         async with transaction(self._engine, [state.scope for state in states]) as connection:
-            inserted = await connection.execute(_INSERT_DECISIONS, columns(rows, _DECISION))
-            won = {(row.tenant, row.event_id) for row in inserted}
-            openings = _approvals(ordered, won)
-            if openings:
-                names = ("tenant", "event_id", "opened_at", "reasons")
-                await connection.execute(_OPEN_APPROVALS, columns(openings, names))
+            # Before the insert: a correction and what it corrects, decided at once, would not see each other.
+            await lock_events(connection, keys, exclusive=_corrected(states))
+            inserted = (await connection.execute(_INSERT_DECISIONS, columns(rows, _DECISION))).all()
+            won = {(row.tenant, row.event_id): row.superseded_by for row in inserted}
+            first = {_order(state): state for state in reversed(ordered)}  # of two with one key the first was inserted
+            gone = set(await supersede(connection, _corrections([first[key] for key in sorted(won)], won)))
+            standing = [key for key, superseded_by in sorted(won.items()) if superseded_by is None and key not in gone]
+            await _open_for(connection, [first[key] for key in standing])
             await connection.execute(_CLOSE_LETTERS, _keys(keys))
             found = await _read_decisions(connection, keys)
         decided = tuple(row for row in found if row is not None)
@@ -203,6 +227,63 @@ class PostgresLedger:
         async with transaction(self._engine, [state.scope for state in states]) as connection:
             found = (await connection.execute(_HISTORIES, columns(rows, names))).all()
         return tuple(_history(row) for row in found)
+
+
+@dataclass(frozen=True, slots=True)
+class NewApproval:
+    """An approval to open about one revision of an event's decision."""
+
+    scope: TenantScope
+    event_id: str
+    revision: int
+    opened_at: datetime
+    opening: Opening
+    cause: Cause = Cause.DECISION
+    opened_by: str | None = None
+    open_reason: str | None = None
+
+
+async def open_approvals(connection: AsyncConnection, approvals: Sequence[NewApproval]) -> None:
+    """Open approvals inside the caller's transaction; one that exists already stays as it is."""
+    rows = [
+        (
+            *(new.scope.tenant_id, new.event_id, new.revision, new.opened_at),
+            canonical_json([clean(code) for code in new.opening.reasons]).decode(),
+            *(new.opening.kind, new.cause.value, new.opened_by, new.open_reason, new.opening.priority),
+            *(new.opening.amount, new.opening.currency, new.opening.approvers_needed),
+            *(new.opening.due_at, new.opening.expires_at, new.opening.expiry_outcome),
+        )
+        for new in approvals
+    ]
+    if rows:
+        await connection.execute(_OPEN_APPROVALS, columns(rows, _APPROVAL))
+
+
+async def approval_policies(
+    connection: AsyncConnection, scopes: Sequence[TenantScope]
+) -> Mapping[TenantScope, ApprovalPolicy]:
+    """The policy of each tenant, the defaults for one without."""
+    wanted = {"tenant": sorted({scope.tenant_id for scope in scopes})}
+    stored = {row.tenant_id: row.approval_policy for row in await connection.execute(_POLICIES, wanted)}
+    return {scope: policy_of(stored.get(scope.tenant_id)) for scope in scopes}
+
+
+async def _open_for(connection: AsyncConnection, states: Sequence[EventState]) -> None:
+    """Open the approvals of decided states that wait for a person."""
+    waiting = [
+        (state, state.decided.decision)
+        for state in states
+        if state.decided is not None and state.decided.decision.outcome is Outcome.REQUIRE_APPROVAL
+    ]
+    if not waiting:
+        return
+    policies = await approval_policies(connection, [state.scope for state, _ in waiting])
+    approvals = []
+    for state, decision in waiting:
+        at = moment(decision.decided_at)
+        asked = opening(state, decision, policies[state.scope], at)
+        approvals.append(NewApproval(state.scope, state.event_id, decision.revision, at, asked))
+    await open_approvals(connection, approvals)
 
 
 async def read_decision(connection: AsyncConnection, scope: TenantScope, event_id: str) -> DecisionRow | None:
@@ -271,21 +352,26 @@ def _decision(state: EventState) -> tuple[Any, ...]:
         state.to_bytes(),
         None if decision.score is None else Decimal(str(decision.score)),
         moment(decision.decided_at),
+        state.event.corrects,
     )
 
 
-def _approvals(states: Sequence[EventState], won: set[tuple[str, str]]) -> list[tuple[Any, ...]]:
-    """Approval rows of the inserts that won: of two states with one key only the first can have been inserted."""
-    openings: dict[tuple[str, str], tuple[Any, ...] | None] = {}
-    for state in states:
-        key = _order(state)
-        if key not in won or key in openings or state.decided is None:
-            continue
-        decision = state.decided.decision
-        codes = canonical_json([clean(reason.code) for reason in decision.reasons]).decode()
-        wanted = decision.outcome is Outcome.REQUIRE_APPROVAL
-        openings[key] = (*key, moment(decision.decided_at), codes) if wanted else None
-    return [row for row in openings.values() if row is not None]
+def _corrected(states: Sequence[EventState]) -> list[Key]:
+    return [(state.scope, state.event.corrects) for state in states if state.event.corrects is not None]
+
+
+def _corrections(states: Sequence[EventState], superseded_by: Mapping[tuple[str, str], str | None]) -> list[Correction]:
+    return [
+        Correction(
+            state.scope.tenant_id,
+            state.event_id,
+            state.event.corrects,
+            moment(state.decided.decision.decided_at),
+            superseded_by[_order(state)],
+        )
+        for state in states
+        if state.event.corrects is not None and state.decided is not None
+    ]
 
 
 def _event_row(row: Row[Any]) -> EventRow:

@@ -1,19 +1,19 @@
 """Which approved versions decide, per tenant, and their content by digest.
 
-Promises: the active set is at most 2 s old; what comes out was approved by somebody else than its author; content
-matches its digest. The most specific row decides even when its version may not be used any more: the answer is then
-"none", never the next more general version. Does not change the registry.
+Promises: the active set is at most 2 s old, and all of one tenant's comes from one snapshot, so that versions that
+became active together are never seen half; what comes out was approved by somebody else than its author, is signed by
+a trusted key or is the release's own, and matches its digest. The most specific row decides even when its version may
+not be used any more: the answer is then "none", never the next more general version. Does not change the registry.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.failures import InvalidModelStateError, ModelNotApprovedError
@@ -22,32 +22,50 @@ from contracts.state import Pin, Thresholds
 from contracts.tenancy import TenantScope
 from governance.postgres.directory import Aging, thresholds_of
 from governance.postgres.engine import transaction
+from governance.registry import ANY_MODEL, SHARED, digest_of, release_artifacts
+from governance.signing import Statement, Verifier
 
-MAX_AGE_S: Final = 2.0
-SHARED: Final = "*"
-"""The owner of versions that every tenant may use; no tenant id looks like it."""
+MAX_AGE_S: Final = 1.0
+"""Half of what is promised: the read itself takes its time too."""
 
 _MAX_TENANTS: Final = 10_000
 _MAX_ARTIFACTS: Final = 1_000
+_MAX_REVOKED: Final = 10_000
 _FOR_EVER: Final = float("inf")
 
-_ACTIVE: Final = text(
+# One statement is one snapshot, whatever commits between two of them.
+_VIEW: Final = text(
     """
-    SELECT a.tenant, a.kind, a.scope_key, a.name, a.version,
-           CASE WHEN v.status IN ('approved', 'active') THEN v.digest END AS digest
+    SELECT 'active' AS part, a.tenant, a.kind, a.scope_key, a.name, a.version,
+           CASE WHEN v.status IN ('approved', 'active') AND (v.valid_until IS NULL OR v.valid_until > now())
+                THEN v.digest END AS digest,
+           CAST(NULL AS jsonb) AS thresholds
       FROM registry_active a
       LEFT JOIN registry_versions v
         ON v.kind = a.kind AND v.tenant = a.tenant AND v.name = a.name AND v.version = a.version
      WHERE a.tenant = '*' OR a.tenant = ANY(CAST(:tenant AS text[]))
+    UNION ALL
+    SELECT 'halt', h.tenant, NULL, NULL, h.model, NULL, NULL, NULL FROM halts h
+     WHERE h.tenant = '*' OR h.tenant = ANY(CAST(:tenant AS text[]))
+    UNION ALL
+    SELECT 'tenant', t.tenant_id, NULL, NULL, NULL, NULL, NULL, t.thresholds FROM tenants t
+     WHERE t.tenant_id = ANY(CAST(:tenant AS text[]))
     """
 )
-_THRESHOLDS: Final = text("SELECT tenant_id, thresholds FROM tenants WHERE tenant_id = ANY(CAST(:tenant AS text[]))")
 # A pin names no tenant. Whoever knows a digest of 256 bits may read what has it, and nothing else.
 _SET_DIGESTS: Final = text("SELECT set_config('rf.digests', :digests, true)")
 _CONTENT: Final = text(
     """
-    SELECT kind, name, version, digest, content FROM registry_versions
+    SELECT tenant, kind, name, version, digest, content, author, approver, approved_at, valid_until, signature, key_id
+      FROM registry_versions
      WHERE digest = ANY(CAST(:digest AS text[])) AND status IN ('approved', 'active', 'retired')
+    """
+)
+_REVOKED: Final = text(
+    """
+    SELECT name, version, digest, coalesce(bool_or(status = 'revoked') FILTER (WHERE tenant = '*'),
+                                           bool_or(status = 'revoked')) AS revoked
+      FROM registry_versions WHERE digest = ANY(CAST(:digest AS text[])) GROUP BY name, version, digest
     """
 )
 
@@ -59,6 +77,7 @@ class _TenantView:
     own: Mapping[tuple[str, str], Pin | None]
     shared: Mapping[tuple[str, str], Pin | None]
     thresholds: Thresholds
+    halts: frozenset[str]
 
     def pick(self, artifact: str, kind: str, event_type: str) -> Pin | None:
         for rows in (self.own, self.shared):
@@ -67,15 +86,31 @@ class _TenantView:
                     return rows[artifact, scope_key]
         return None
 
+    def active_set(self, kind: str, event_type: str) -> ActiveSet:
+        model = self.pick("model", kind, event_type)
+        return ActiveSet(
+            model=model,
+            policy=self.pick("policy", kind, event_type),
+            guardrail=self.pick("guardrail", kind, event_type),
+            thresholds=self.thresholds,
+            halted=ANY_MODEL in self.halts or (model is not None and model.name in self.halts),
+        )
+
 
 class PostgresRegistry:
-    """The port Registry over the tables `registry_versions`, `registry_active` and `tenants`."""
+    """The port Registry over the registry's tables, `halts` and `tenants`.
 
-    def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+    `verifier` knows the keys whose signatures count; without one only what this release brings is used.
+    """
+
+    def __init__(self, engine: AsyncEngine, clock: Clock, verifier: Verifier | None = None) -> None:
         self._engine = engine
         self._clock = clock
+        self._verifier = verifier or Verifier(())
+        self._released = frozenset((artifact.kind, artifact.pin) for artifact in release_artifacts())
         self._views: Aging[TenantScope, _TenantView] = Aging(MAX_AGE_S, _MAX_TENANTS)
         self._artifacts: Aging[Pin, Artifact] = Aging(_FOR_EVER, _MAX_ARTIFACTS)
+        self._revoked: Aging[Pin, bool] = Aging(MAX_AGE_S, _MAX_REVOKED)
 
     async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:
         """What decides for each (tenant, event type) by position; a kind without a usable version is None.
@@ -89,73 +124,113 @@ class PostgresRegistry:
             for scope, view in (await self._read([TenantScope(tenant) for tenant in stale])).items():
                 views[scope] = view
                 self._views.put(scope, view, now)
-        return tuple(_active_set(views[scope], kind, name) for scope, name in zip(scopes, event_types, strict=True))
+        return tuple(views[scope].active_set(kind, name) for scope, name in zip(scopes, event_types, strict=True))
 
     async def _read(self, scopes: Sequence[TenantScope]) -> dict[TenantScope, _TenantView]:
-        names = {"tenant": [scope.tenant_id for scope in scopes]}
         async with transaction(self._engine, scopes) as connection:
-            rows = (await connection.execute(_ACTIVE, names)).all()
-            limits = {row.tenant_id: row.thresholds for row in await connection.execute(_THRESHOLDS, names)}
-        by_tenant: dict[str, dict[tuple[str, str], Pin | None]] = {}
+            rows = (await connection.execute(_VIEW, {"tenant": [scope.tenant_id for scope in scopes]})).all()
+        active: dict[str, dict[tuple[str, str], Pin | None]] = {}
+        halts: dict[str, set[str]] = {}
+        thresholds: dict[str, Any] = {}
         for row in rows:
-            pin = Pin(name=row.name, version=row.version, digest=row.digest) if row.digest else None
-            by_tenant.setdefault(row.tenant, {})[row.kind, row.scope_key] = pin
-        shared = by_tenant.get(SHARED, {})
+            if row.part == "active":
+                pin = Pin(name=row.name, version=row.version, digest=row.digest) if row.digest else None
+                active.setdefault(row.tenant, {})[row.kind, row.scope_key] = pin
+            elif row.part == "halt":
+                halts.setdefault(row.tenant, set()).add(row.name)
+            else:
+                thresholds[row.tenant] = row.thresholds
+        shared, everywhere = active.get(SHARED, {}), halts.get(SHARED, set())
         return {
             scope: _TenantView(
-                by_tenant.get(scope.tenant_id, {}), shared, thresholds_of(limits.get(scope.tenant_id) or {})
+                active.get(scope.tenant_id, {}),
+                shared,
+                thresholds_of(thresholds.get(scope.tenant_id) or {}),
+                frozenset(everywhere | halts.get(scope.tenant_id, set())),
             )
             for scope in scopes
         }
 
     async def artifacts(self, pins: Sequence[Pin]) -> Sequence[Artifact]:
-        """Content by position, remembered for ever: a version never changes.
+        """Content by position, remembered for ever: a version never changes, and `revoked` tells the rest.
 
-        Raises InvalidModelStateError when content does not match its digest, ModelNotApprovedError when there is none
-        that was approved.
+        Raises InvalidModelStateError when content does not match its digest or its signature, ModelNotApprovedError
+        when there is none that was approved.
         """
         now = self._clock.monotonic()
         found = {pin: artifact for pin in pins if (artifact := self._artifacts.get(pin, now)) is not None}
-        missing = sorted({pin.digest for pin in pins if pin not in found})
+        missing = [pin for pin in dict.fromkeys(pins) if pin not in found]
         if missing:
-            for pin, artifact in (await self._read_content(missing)).items():
-                found[pin] = artifact
-                self._artifacts.put(pin, artifact, now)
-        for pin in pins:
-            if pin not in found:
-                raise ModelNotApprovedError(f"{pin.name} version {pin.version} is not registered and approved")
+            rows = await self._by_digest(_CONTENT, missing)
+            for pin in missing:
+                found[pin] = self._trusted(pin, [row for row in rows if _pin(row) == pin])
+                self._artifacts.put(pin, found[pin], now)
         return tuple(found[pin] for pin in pins)
 
     async def revoked(self, pins: Sequence[Pin]) -> Sequence[bool]:
-        """Whether each version was revoked since it was pinned; at most 2 s old."""
-        return tuple(False for _ in pins)
+        """Whether each version was revoked since it was pinned; at most 2 s old.
 
-    async def _read_content(self, digests: Sequence[str]) -> dict[Pin, Artifact]:
-        if not all(len(digest) == 64 and digest.isalnum() for digest in digests):
+        A pin names no tenant. Where the whole installation has the very same version, its status counts, so that no
+        tenant's copy of it can stop the others; else any revocation counts.
+        """
+        now = self._clock.monotonic()
+        known = {pin: answer for pin in pins if (answer := self._revoked.get(pin, now)) is not None}
+        asked = [pin for pin in dict.fromkeys(pins) if pin not in known]
+        if asked:
+            rows = {_pin(row): bool(row.revoked) for row in await self._by_digest(_REVOKED, asked)}
+            for pin in asked:
+                known[pin] = rows.get(pin, False)
+                self._revoked.put(pin, known[pin], now)
+        return tuple(known[pin] for pin in pins)
+
+    async def _by_digest(self, statement: Any, pins: Iterable[Pin]) -> Sequence[Row[Any]]:
+        digests = sorted({pin.digest for pin in pins})
+        if not all(len(digest) == 64 and digest.isascii() and digest.isalnum() for digest in digests):
             raise InvalidModelStateError("a pin's digest is not a SHA-256")
         async with transaction(self._engine, ()) as connection:
             await connection.execute(_SET_DIGESTS, {"digests": "{" + ",".join(digests) + "}"})
-            rows = (await connection.execute(_CONTENT, {"digest": list(digests)})).all()
-        artifacts = (_artifact(row.kind, row.name, row.version, row.digest, bytes(row.content)) for row in rows)
-        return {artifact.pin: artifact for artifact in artifacts}
+            return (await connection.execute(statement, {"digest": digests})).all()
+
+    def _trusted(self, pin: Pin, rows: Sequence[Row[Any]]) -> Artifact:
+        """The first of a pin's rows that stands up to its digest and its signature; two tenants may have the same."""
+        problem: InvalidModelStateError | None = None
+        for row in rows:
+            try:
+                return self._artifact(row)
+            except InvalidModelStateError as error:
+                problem = error
+        raise problem or ModelNotApprovedError(f"{pin.name} version {pin.version} is not registered and approved")
+
+    def _artifact(self, row: Row[Any]) -> Artifact:
+        what, stored = f"{row.kind} {row.name} version {row.version}", bytes(row.content)
+        if digest_of(stored) != row.digest:
+            raise InvalidModelStateError(f"the content of {what} does not match its digest")
+        if not (row.tenant == SHARED and row.signature is None and (row.kind, _pin(row)) in self._released):
+            if row.approver is None or row.approved_at is None:
+                raise InvalidModelStateError(f"{what} names nobody who approved it")
+            self._verifier.check(_statement(row), row.key_id, None if row.signature is None else bytes(row.signature))
+        try:
+            content: Any = orjson.loads(stored)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InvalidModelStateError(f"the content of {what} is not a JSON object")
+        return Artifact(row.kind, _pin(row), content)
 
 
-def _active_set(view: _TenantView, kind: str, event_type: str) -> ActiveSet:
-    return ActiveSet(
-        model=view.pick("model", kind, event_type),
-        policy=view.pick("policy", kind, event_type),
-        guardrail=view.pick("guardrail", kind, event_type),
-        thresholds=view.thresholds,
+def _pin(row: Row[Any]) -> Pin:
+    return Pin(name=row.name, version=row.version, digest=row.digest)
+
+
+def _statement(row: Row[Any]) -> Statement:
+    return Statement(
+        kind=row.kind,
+        tenant=row.tenant,
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        author=row.author,
+        approver=row.approver,
+        approved_at=row.approved_at,
+        valid_until=row.valid_until,
     )
-
-
-def _artifact(kind: str, name: str, version: int, digest: str, stored: bytes) -> Artifact:
-    if hashlib.sha256(stored).hexdigest() != digest:
-        raise InvalidModelStateError(f"the content of {kind} {name} version {version} does not match its digest")
-    try:
-        content: Any = orjson.loads(stored)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise InvalidModelStateError(f"the content of {kind} {name} version {version} is not a JSON object")
-    return Artifact(kind, Pin(name=name, version=version, digest=digest), content)

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+import orjson
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from contracts.ports import DecisionRow
 from contracts.tenancy import TenantScope
+from governance.approvals import ApprovalStatus, Cause, Revision
+from governance.postgres.deadletters import LetterSummary, letters_of
 from governance.postgres.engine import transaction
 from governance.postgres.ledger import read_decision
 
@@ -25,10 +29,17 @@ _EVENT: Final = text(
       FROM events e WHERE tenant = :tenant AND event_id = :event_id
     """
 )
-_LETTERS: Final = text(
+_REVISIONS: Final = text(
     """
-    SELECT letter_id, stage, category, problem, status, attempts, parked_at FROM dead_letters
-     WHERE tenant = :tenant AND event_id = :event_id ORDER BY parked_at, letter_id
+    SELECT revision, outcome, decided_by, decider, decided_at, corrects, superseded_by, decision FROM decisions
+     WHERE tenant = :tenant AND event_id = :event_id ORDER BY revision
+    """
+)
+_APPROVALS: Final = text(
+    """
+    SELECT revision, status, cause, priority, opened_at, opened_by, due_at, expires_at, claimed_by, closed_by,
+           closed_at, close_reason FROM approvals
+     WHERE tenant = :tenant AND event_id = :event_id ORDER BY revision
     """
 )
 # One statement, so one snapshot.
@@ -64,22 +75,30 @@ class Latencies:
     span_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class LetterSummary:
-    """One dead letter without its bytes."""
+class ApprovalSummary(BaseModel):
+    """One approval of an event, without its votes."""
 
-    letter_id: str
-    stage: str
-    category: str
-    problem: str
-    status: str
-    attempts: int
-    parked_at: datetime
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    revision: int
+    status: ApprovalStatus
+    cause: Cause
+    priority: int
+    opened_at: datetime
+    opened_by: str | None
+    due_at: datetime | None
+    expires_at: datetime | None
+    claimed_by: str | None
+    closed_by: str | None
+    closed_at: datetime | None
+    close_reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class EventSummary:
-    """One event as PostgreSQL knows it; fields of the `events` row are None when only dead letters know it."""
+    """One event as PostgreSQL knows it; fields of the `events` row are None when only dead letters know it.
+
+    `decision` is the highest of `revisions`.
+    """
 
     event_id: str
     kind: str | None
@@ -90,6 +109,8 @@ class EventSummary:
     audit_records: int
     decision: DecisionRow | None
     dead_letters: tuple[LetterSummary, ...]
+    revisions: tuple[Revision, ...] = ()
+    approvals: tuple[ApprovalSummary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +129,11 @@ async def event_summary(engine: AsyncEngine, scope: TenantScope, event_id: str) 
     key = {"tenant": scope.tenant_id, "event_id": event_id}
     async with transaction(engine, [scope]) as connection:
         event = (await connection.execute(_EVENT, key)).one_or_none()
-        letters = tuple(LetterSummary(*row) for row in await connection.execute(_LETTERS, key))
+        letters = await letters_of(connection, scope, event_id)
         decision = await read_decision(connection, scope, event_id)
+        revisions = await revisions_of(connection, scope, event_id)
+        asked = (await connection.execute(_APPROVALS, key)).mappings()
+        approvals = tuple(ApprovalSummary.model_validate(dict(row)) for row in asked)
     if event is None and not letters and decision is None:
         return None
     return EventSummary(
@@ -122,6 +146,17 @@ async def event_summary(engine: AsyncEngine, scope: TenantScope, event_id: str) 
         audit_records=event.records if event else 0,
         decision=decision,
         dead_letters=letters,
+        revisions=revisions,
+        approvals=approvals,
+    )
+
+
+async def revisions_of(connection: AsyncConnection, scope: TenantScope, event_id: str) -> tuple[Revision, ...]:
+    """Every revision of an event's decision, inside the caller's transaction."""
+    key = {"tenant": scope.tenant_id, "event_id": event_id}
+    rows = (await connection.execute(_REVISIONS, key)).mappings()
+    return tuple(
+        Revision.model_validate(dict(row) | {"decision": orjson.loads(bytes(row["decision"]))}) for row in rows
     )
 
 

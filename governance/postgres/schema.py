@@ -122,7 +122,7 @@ approvals = Table(
     *(Column("amount", Numeric), _text("currency", null=True), _int("approvers_needed", "1")),
     *(_at("due_at", null=True), _at("expires_at", null=True), _said("expiry_outcome", "REJECTED")),
     *(_text("claimed_by", null=True), _at("claimed_at", null=True), _text("note", null=True)),
-    _text("close_reason", null=True),
+    *(_text("close_reason", null=True), _text("open_reason", null=True)),
     PrimaryKeyConstraint("tenant", "event_id", "revision"),
     CheckConstraint("status IN ('open', 'approved', 'rejected', 'superseded', 'expired')", name="approvals_status"),
     CheckConstraint("cause IN ('decision', 'reopened', 'contested')", name="approvals_cause"),
@@ -214,6 +214,7 @@ registry_versions = Table(
     CheckConstraint("use_tag IN ('fraud', 'aml', 'credit')", name="registry_versions_use"),
     CheckConstraint("digest = encode(sha256(content), 'hex')", name="registry_versions_content"),
     CheckConstraint("validator <> author", name="registry_versions_validator"),
+    CheckConstraint("author <> '' AND approver <> ''", name="registry_versions_persons"),
     CheckConstraint("kind IN ('model', 'prompt', 'policy', 'guardrail')", name="registry_versions_kind"),
     CheckConstraint(
         "status IN ('draft', 'submitted', 'approved', 'active', 'rejected', 'retired', 'revoked')",
@@ -240,6 +241,7 @@ registry_approvals = Table(
     *(_text("tenant"), _text("kind"), _text("name"), _int("version"), _text("digest"), _text("approver")),
     *(_text("reason"), _at("approved_at")),
     PrimaryKeyConstraint("kind", "tenant", "name", "version"),
+    CheckConstraint("approver <> ''", name="registry_approvals_person"),
     ForeignKeyConstraint(
         ["kind", "tenant", "name", "version", "digest"],
         [f"registry_versions.{name}" for name in ("kind", "tenant", "name", "version", "digest")],
@@ -264,9 +266,14 @@ registry_activations = Table(
     "registry_activations",
     metadata,
     Column("id", BigInteger, Identity(always=True), nullable=False),
-    *(_text("tenant"), _text("kind"), _text("scope_key"), _text("name"), _int("version"), _text("activated_by")),
-    *(_text("reason"), _at("activated_at")),
+    *(_text("tenant"), _text("kind"), _text("scope_key"), _text("action"), _text("name", null=True)),
+    *(Column("version", Integer), _text("activated_by"), _text("reason"), _at("activated_at")),
     PrimaryKeyConstraint("id"),
+    CheckConstraint("action IN ('activate', 'rollback')", name="registry_activations_action"),
+    CheckConstraint(
+        "num_nulls(name, version) = 0 OR (num_nulls(name, version) = 2 AND action = 'rollback')",
+        name="registry_activations_version",
+    ),
     Index("registry_activations_place", "tenant", "kind", "scope_key", "id"),
 )
 
@@ -285,6 +292,7 @@ tenants = Table(
     PrimaryKeyConstraint("tenant_id"),
     UniqueConstraint("broker_user", name="tenants_broker_user"),
     CheckConstraint("tenant_id ~ '^[a-z0-9][a-z0-9-]{0,62}$'", name="tenants_id"),
+    CheckConstraint("status IN ('active', 'suspended')", name="tenants_status"),
 )
 
 users = Table(

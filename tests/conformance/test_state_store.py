@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from contracts.codec import Entry, EntryHeader
+from contracts.failures import StateStoreError
+from contracts.lifecycle import Status
 from contracts.ports import Advance, Claim, ClaimRequest, ClaimVerdict, Held, Reserved, StateStore
 from tests.conformance.conftest import SHORT_LEASE_MS, StateStores
 
@@ -306,6 +310,172 @@ async def test_peek_reads_without_claiming(stores: StateStores, size: int) -> No
     assert {found.holder for found in await store.peek(keys) if found} == {"elsewhere:one:1"}
 
 
+async def test_a_conflict_stays_one_whatever_came_after(stores: StateStores, size: int) -> None:
+    """A changed body is told from a repeat as long as anything is known of the identity."""
+    store = stores.process()
+    some, changed = entries(size, 0), entries(size, 0, body="changed")
+    await store.reserve(some)
+    await claim(store, some)
+    assert {got.verdict for got in await store.reserve(changed)} == {Reserved.CONFLICT}
+    await advance(store, some)
+    for got in await store.reserve(changed):
+        assert (got.verdict, got.version, got.stored) == (Reserved.CONFLICT, 1, None)
+
+
+async def test_an_identity_belongs_to_its_tenant(stores: StateStores) -> None:
+    store = stores.process()
+    ours = entry(0, 0)
+    theirs = ours.evolve(tenant="globex", body_digest="theirs")
+    for one in (ours, theirs):
+        (got,) = await store.reserve([one])
+        assert (got.verdict, got.stored) == (Reserved.NEW, one.body)
+    assert verdicts(await claim(store, [ours])) == {ClaimVerdict.GO}
+    assert verdicts(await claim(store, [theirs], OTHER)) == {ClaimVerdict.GO}
+    assert await advance(store, [theirs]) == {False}
+    assert await advance(store, [theirs], OTHER) == {True}
+    (left,) = await store.peek([(ours.header.scope, ours.header.event)])
+    assert left is not None
+    assert left.version == 0
+
+
+async def test_of_two_who_reserve_one_identity_at_once_one_is_new(stores: StateStores) -> None:
+    """10,000 identities, each by two processes at the same time, in carriers of 50."""
+    some = [entry(place, 0) for place in range(10_000)]
+    carriers = [some[at : at + 50] for at in range(0, len(some), 50)]
+    one, two = stores.process("one"), stores.process("two")
+    gate = asyncio.Semaphore(16)
+
+    async def reserve(store: StateStore, carrier: list[Entry]) -> list[tuple[str, Reserved]]:
+        async with gate:
+            answers = await store.reserve(carrier)
+        return [(e.header.event, got.verdict) for e, got in zip(carrier, answers, strict=True)]
+
+    calls = [reserve(store, carrier) for carrier in carriers for store in (one, two)]
+    found = Counter(answer for answers in await asyncio.gather(*calls) for answer in answers)
+    assert len(found) == 2 * len(some)
+    assert set(found.values()) == {1}
+
+
+async def test_two_processes_that_claim_at_once_never_both_hold(stores: StateStores, size: int) -> None:
+    some = entries(size, 0)
+    one, two = stores.process("one"), stores.process("two")
+    await one.reserve(some)
+    answers = await asyncio.gather(claim(one, some, MINE), claim(two, some, OTHER))
+    for pair in zip(*answers, strict=True):
+        assert {got.verdict for got in pair} == {ClaimVerdict.GO, ClaimVerdict.LOCKED}
+    assert await advance(one, some, MINE) | await advance(two, some, OTHER) == {True, False}
+
+
+# --- times to live ----------------------------------------------------------------------------------------
+
+
+async def test_a_state_runs_out(stores: StateStores) -> None:
+    size = 64
+    store = stores.process(state_ttl_s=1)
+    some, installed = entries(size, 0), [entry(1_000 + place) for place in range(size)]
+    keys = [(e.header.scope, e.header.event) for e in (*some, *installed)]
+    await store.reserve(some)
+    await claim(store, installed)
+    await stores.wait(1_000)
+    assert await store.peek(keys) == [None] * 2 * size
+    assert await advance(store, installed) == {False}
+    assert {got.verdict for got in await store.reserve(entries(size, 0, body="later"))} == {Reserved.NEW}
+
+
+async def test_an_advance_begins_the_states_life_anew_and_a_claim_does_not(stores: StateStores) -> None:
+    store = stores.process(state_ttl_s=1)
+    moved, claimed = entry(0, 0), entry(1, 0)
+    keys = [(e.header.scope, e.header.event) for e in (moved, claimed)]
+    await store.reserve([moved, claimed])
+    await claim(store, [moved])
+    await stores.wait(600)
+    assert await advance(store, [moved]) == {True}
+    assert verdicts(await claim(store, [claimed])) == {ClaimVerdict.GO}
+    await stores.wait(500)
+    kept, gone = await store.peek(keys)
+    assert kept is not None
+    assert (kept.version, gone) == (1, None)
+
+
+async def test_a_tombstone_answers_repeats_until_it_runs_out(stores: StateStores) -> None:
+    size = 64
+    store = stores.process(tombstone_ttl_s=1)
+    some, repeat = entries(size, 3), entries(size, 0)
+    keys = [(e.header.scope, e.header.event) for e in some]
+    await claim(store, some)
+    assert await advance(store, some, tombstone=True) == {True}
+    for got in await store.reserve(repeat):
+        assert (got.verdict, got.version, got.stored) == (Reserved.REPEAT, 4, None)
+    assert {got.verdict for got in await store.reserve(entries(size, 0, body="changed"))} == {Reserved.CONFLICT}
+    for found in await store.peek(keys):
+        assert found is not None
+        assert (found.version, found.stored, found.holder) == (4, None, "")
+    await stores.wait(1_000)
+    assert await store.peek(keys) == [None] * size
+    assert {got.verdict for got in await store.reserve(repeat)} == {Reserved.NEW}
+
+
+async def test_peek_tells_the_status(stores: StateStores, size: int) -> None:
+    store = stores.process()
+    keys = [(e.header.scope, e.header.event) for e in entries(size)]
+    for n, status in enumerate((Status.RECEIVED, Status.CREATED, Status.VALIDATED, Status.PROCESSING)):
+        await claim(store, entries(size, n))
+        assert {found.status for found in await store.peek(keys) if found} == {status}
+    last = [replace(move(one, tombstone=True), status=Status.AWAITING_APPROVAL) for one in entries(size, 3)]
+    assert set(await store.advance(last)) == {True}
+    assert {found.status for found in await store.peek(keys) if found} == {Status.AWAITING_APPROVAL}
+
+
+# --- lost replies, lost memory ----------------------------------------------------------------------------
+
+
+async def test_whatever_loses_its_reply_may_be_repeated(stores: StateStores, size: int) -> None:
+    store = stores.process()
+    warm, some = [entry(5_000, 0)], entries(size, 0)
+    for one in (warm, some):  # the first round teaches a real server the scripts, and opens the connection
+        for step in ("reserve", "claim", "advance", "release"):
+
+            async def call(step: str = step, one: list[Entry] = one) -> object:
+                match step:
+                    case "reserve":
+                        answers = await store.reserve(one)
+                        assert one is warm or {got.verdict for got in answers} == {Reserved.REPEAT}  # carried out
+                        return [(got.version, got.stored) for got in answers]
+                    case "claim":
+                        return await claim(store, one)
+                    case "advance":
+                        return await advance(store, one)
+                    case _:
+                        await store.release(held(one, MINE))
+                        return None
+
+            if one is some:
+                stores.lose_reply(store)
+                with pytest.raises(StateStoreError):
+                    await call()  # nothing can be asserted of an answer that is lost
+            first = await call()
+            assert await call() == first
+    (found, *_) = await store.peek([(e.header.scope, e.header.event) for e in some])
+    assert found is not None
+    assert (found.version, found.holder) == (1, "")
+
+
+async def test_flushall_between_claim_and_advance_leaves_it_to_whoever_claims_next(
+    stores: StateStores, size: int
+) -> None:
+    one, two = stores.process("one"), stores.process("two")
+    some = entries(size)
+    await claim(one, some)
+    await stores.wipe()
+    assert verdicts(await claim(two, some, OTHER)) == {ClaimVerdict.INSTALLED}
+    assert await advance(one, some) == {False}
+    await one.release(held(some, MINE))
+    assert verdicts(await claim(one, some)) == {ClaimVerdict.LOCKED}
+    assert await advance(two, some, OTHER) == {True}
+    for got in await claim(one, some):
+        assert (got.verdict, got.output) == (ClaimVerdict.DONE, b"owed")
+
+
 # --- suspects and beats -----------------------------------------------------------------------------------
 
 
@@ -318,6 +488,10 @@ async def test_a_process_is_alive_while_it_beats(stores: StateStores) -> None:
     assert await two.alive(boots) == [True, True, False]
     await stores.silence("one")
     assert await two.alive(boots) == [False, True, False]
+    await stores.process("short", heartbeat_ttl_s=1).beat()
+    assert await two.alive(["elsewhere:short:1"]) == [True]
+    await stores.wait(1_000)
+    assert await two.alive(["elsewhere:short:1"]) == [False]
 
 
 async def test_only_dead_holders_of_a_suspect_count(stores: StateStores) -> None:
@@ -333,5 +507,8 @@ async def test_only_dead_holders_of_a_suspect_count(stores: StateStores) -> None
     assert await three.begin_alone(h.scope, h.event, "guardrail") == 0
     await stores.silence("three")
     assert await one.begin_alone(h.scope, h.event, "scoring") == 2
+    silent = stores.process("silent")
+    assert await silent.begin_alone(h.scope, h.event, "decision") == 0
+    assert await silent.begin_alone(h.scope, h.event, "decision") == 0  # nobody counts against himself
     await one.end_alone(h.scope, h.event, "scoring")
     assert await two.begin_alone(h.scope, h.event, "scoring") == 0

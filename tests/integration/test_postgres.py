@@ -18,7 +18,6 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from contracts.codec import state_from_bytes
 from contracts.events import canonical_json, event_id_of, parse_event
 from contracts.failures import (
     DatabaseError,
@@ -31,7 +30,6 @@ from contracts.lifecycle import Status
 from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, PolicyVerdict, Reason
 from contracts.ports import DeadLetter
 from contracts.state import (
-    AuditRecord,
     Created,
     Decided,
     EventState,
@@ -44,7 +42,7 @@ from contracts.state import (
     begin,
 )
 from contracts.tenancy import TenantScope
-from deploy.migrations.upgrade import default_artifacts, role_of, upgrade
+from deploy.migrations.upgrade import role_of, upgrade
 from deploy.servers import ServerUrls
 from governance.access import KEY_BYTES, new_api_key
 from governance.postgres import (
@@ -68,6 +66,8 @@ from governance.postgres import (
     transaction,
 )
 from governance.postgres.schema import metadata
+from governance.registry import release_artifacts
+from governance.signing import Signer, Statement, Verifier
 
 pytestmark = pytest.mark.integration
 
@@ -213,106 +213,6 @@ async def test_synchronous_commit_off_is_refused(engine: AsyncEngine, database: 
 # --- ledger -------------------------------------------------------------------------------------------
 
 
-async def test_the_first_body_owns_the_identity(engine: AsyncEngine, scope: TenantScope) -> None:
-    ledger = PostgresLedger(engine)
-    first, other = received(scope), received(scope, text="another body")
-    (row,) = await ledger.record_events([first])
-    assert row.body_digest == first.body_digest
-    assert row.decision is None
-    (again,) = await ledger.record_events([other])
-    assert again.body_digest == first.body_digest != other.body_digest
-    assert list(await ledger.known([(scope, first.event_id), (scope, "0" * 32)])) == [True, False]
-
-
-async def test_a_batch_with_one_key_twice_is_answered_by_position(engine: AsyncEngine, scope: TenantScope) -> None:
-    first, other, third = received(scope), received(scope, text="x"), received(scope, "e0")
-    answers = await PostgresLedger(engine).record_events([first, other, third, first])
-    assert [a.body_digest for a in answers] == [first.body_digest] * 2 + [third.body_digest, first.body_digest]
-
-
-async def test_odd_texts_do_not_fail_their_batch(engine: AsyncEngine, scope: TenantScope) -> None:
-    """The doors refuse such texts today; a row from an older door must still not take its neighbours with it."""
-    plain, last = received(scope, "odd"), received(scope, "late", amount=None)
-    party = plain.event.subject.model_copy(update={"type": "a\0b", "id": "x\0"})
-    changes = {"id": "nul\0", "subject": party, "occurred_at": "0001-01-01T00:00:00+14:00"}
-    odd = replace(plain, event=plain.event.model_copy(update=changes), correlation_id="c\0")
-    late = replace(last, event=last.event.model_copy(update={"occurred_at": "9999-12-31T23:59:59-14:00"}))
-    answers = await PostgresLedger(engine).record_events([odd, late])
-    assert [a.body_digest for a in answers] == [odd.body_digest, late.body_digest]
-    histories = await PostgresLedger(engine).histories([odd, late])
-    assert histories[0] == SubjectHistory()
-
-
-async def test_the_first_decision_stands(engine: AsyncEngine, scope: TenantScope) -> None:
-    ledger = PostgresLedger(engine)
-    state = received(scope)
-    await ledger.record_events([state])
-    winner, loser = decided(state, Outcome.REQUIRE_APPROVAL), decided(state, Outcome.REJECTED, 99)
-    (won,) = await ledger.decide([winner])
-    (lost,) = await ledger.decide([loser])
-    assert won == lost
-    assert won.state == winner.to_bytes()
-    assert winner.decided is not None
-    assert won.decision == canonical_json(winner.decided.decision.model_dump(mode="json", exclude_none=True))
-    assert (won.revision, won.outcome, won.body_digest) == (1, "REQUIRE_APPROVAL", state.body_digest)
-    assert (await ledger.record_events([state]))[0].decision == won
-    assert list(await ledger.decisions([(scope, "f" * 32), (scope, state.event_id)])) == [None, won]
-    approvals = await rows(engine, [scope], "SELECT event_id, status, reasons FROM approvals")
-    assert [tuple(row) for row in approvals] == [(state.event_id, "open", ["R1", "R2"])]
-
-
-async def test_only_the_winner_opens_an_approval(engine: AsyncEngine, scope: TenantScope) -> None:
-    ledger = PostgresLedger(engine)
-    state = received(scope)
-    both = [decided(state, Outcome.APPROVED), decided(state, Outcome.REQUIRE_APPROVAL)]
-    answers = await ledger.decide(both)
-    assert [row.outcome for row in answers] == ["APPROVED", "APPROVED"]
-    assert await rows(engine, [scope], "SELECT 1 FROM approvals") == []
-
-
-async def test_concurrent_decisions_agree(engine: AsyncEngine, scope: TenantScope) -> None:
-    ledger = PostgresLedger(engine)
-    events = [received(scope, f"e{i}") for i in range(20)]
-    batches = [[decided(e, outcome) for e in events[:: 1 if i % 2 else -1]] for i, outcome in enumerate(Outcome)]
-    answers = await asyncio.gather(*(ledger.decide(batch) for batch in batches))
-    by_event: dict[str, set[bytes]] = {}
-    for batch, answer in zip(batches, answers, strict=True):
-        for state, row in zip(batch, answer, strict=True):
-            by_event.setdefault(state.event_id, set()).add(row.decision)
-    assert all(len(decisions) == 1 for decisions in by_event.values())
-    need = await rows(engine, [scope], "SELECT event_id FROM decisions WHERE outcome = 'REQUIRE_APPROVAL'")
-    opened = await rows(engine, [scope], "SELECT event_id FROM approvals")
-    assert sorted(need) == sorted(opened)
-
-
-async def test_histories_count_the_subject_before_the_event(engine: AsyncEngine, scope: TenantScope) -> None:
-    ledger = PostgresLedger(engine)
-    at = datetime(2026, 1, 31, 12, tzinfo=UTC)
-
-    def earlier(name: str, ago: timedelta, **fields: Any) -> EventState:
-        return received(scope, name, occurred_at=(at - ago).isoformat(), **fields)
-
-    now = earlier("now", timedelta())
-    await ledger.record_events(
-        [
-            now,
-            earlier("hour", timedelta(hours=1)),
-            earlier("just-outside-a-day", timedelta(hours=24)),
-            earlier("week", timedelta(days=7), amount={"value": "0.000000001", "currency": "EUR"}),
-            earlier("dollars", timedelta(days=7), amount={"value": "1000", "currency": "USD"}),
-            earlier("old", timedelta(days=40)),
-            earlier("later", timedelta(hours=-1)),
-            earlier("somebody-else", timedelta(hours=1), subject={"type": "customer", "id": "c2"}),
-            received(fresh_scope(), "foreign"),
-        ]
-    )
-    history, nothing = await ledger.histories([now, received(scope, "new", subject={"type": "customer", "id": "c9"})])
-    assert history == SubjectHistory(
-        events_1d=1, events_30d=4, amount_30d="25.000000001", first_seen_at="2025-12-22T12:00:00Z"
-    )
-    assert nothing == SubjectHistory(events_1d=0, events_30d=0, amount_30d="0", first_seen_at=None)
-
-
 async def test_a_decision_closes_the_dead_letters_of_its_event(
     engine: AsyncEngine, scope: TenantScope, clock: SetClock
 ) -> None:
@@ -353,7 +253,16 @@ async def test_a_row_for_another_tenant_cannot_be_written(engine: AsyncEngine, s
             await connection.execute(text(insert), {"tenant": fresh_scope().tenant_id})
 
 
-@pytest.mark.parametrize("table", [t for t in metadata.tables if t not in {"tenants", "users", "api_keys"}])
+OF_NO_TENANT = {
+    "tenants",  # these four are read before a tenant is known: by them it is found out who calls, and for whom
+    "users",
+    "memberships",
+    "api_keys",
+    "registry_transitions",  # the rules themselves: the same for everybody, and only the owner may write them
+}
+
+
+@pytest.mark.parametrize("table", [t for t in metadata.tables if t not in OF_NO_TENANT])
 async def test_every_tenant_table_forces_row_level_security(engine: AsyncEngine, table: str) -> None:
     sql = "SELECT relrowsecurity, relforcerowsecurity FROM pg_class WHERE oid = CAST(:name AS regclass)"
     assert await rows(engine, [], sql, name=table) == [(True, True)]
@@ -440,16 +349,6 @@ async def test_concurrent_appends_leave_no_gap_and_no_fork(
         assert (report.records, report.intact, report.problem) == (50, True, None)
 
 
-async def test_records_of_no_tenant_go_to_the_system_chain(engine: AsyncEngine, clock: SetClock) -> None:
-    log = PostgresAuditLog(engine, clock)
-    record = AuditRecord(None, secrets.token_hex(16), "", 0, "", b'{"problem":"\\u0000 unauthenticated"}')
-    assert list(await log.append([record])) == [True]
-    assert list(await log.append([record])) == [False]
-    report = await log.verify(None)
-    assert report.tenant == "_system"
-    assert report.intact
-
-
 @pytest.mark.parametrize("table", ["audit_records", "audit_checkpoints", "audit_heads"])
 @pytest.mark.parametrize("change", ["UPDATE {} SET hash = ''", "DELETE FROM {}", "TRUNCATE {}"])
 async def test_the_audit_refuses_changes(engine: AsyncEngine, owner: AsyncEngine, table: str, change: str) -> None:
@@ -512,23 +411,6 @@ async def test_verify_notices_tampering(
     assert problem in (report.problem or "")
 
 
-async def test_verify_compares_trails_with_the_chain(engine: AsyncEngine, scope: TenantScope, clock: SetClock) -> None:
-    ledger, log = PostgresLedger(engine), PostgresAuditLog(engine, clock)
-    whole, partial = decided(received(scope, "whole")), decided(received(scope, "partial"))
-    sibling = decided(received(scope, "whole"), Outcome.REJECTED)
-    await ledger.decide([whole, partial])
-    await log.append([*whole.records(), *partial.records(0, 2), *sibling.records(), *received(scope, "open").records()])
-    report = await log.verify(scope, batch=1)
-    assert (report.decisions, report.missing, report.intact) == (2, 2, False)
-    assert report.orphans == len({r.record_id for r in sibling.records()} - {r.record_id for r in whole.records()}) > 0
-    early = await log.verify(scope, decided_before=datetime(2026, 1, 1, tzinfo=UTC))
-    assert (early.decisions, early.intact) == (0, True)
-    stored = (await ledger.decisions([(scope, partial.event_id)]))[0]
-    assert stored is not None
-    await log.append(state_from_bytes(stored.state).records())
-    assert (await log.verify(scope)).intact
-
-
 # --- directory ----------------------------------------------------------------------------------------
 
 
@@ -575,21 +457,29 @@ async def test_there_is_one_first_admin(engine: AsyncEngine) -> None:
 # --- registry -----------------------------------------------------------------------------------------
 
 Register = Callable[..., Any]
+SIGNER = Signer(b"s" * 32)
+TRUSTED = Verifier([SIGNER.public])
 
 
 @pytest.fixture
-def register(engine: AsyncEngine, scope: TenantScope) -> Register:
-    async def register(name: str, scope_key: str, status: str = "approved", content: bytes = b"{}") -> Pin:
-        digest = hashlib.sha256(content if status != "broken" else b"other").hexdigest()
-        values = {"tenant": scope.tenant_id, "name": name, "digest": digest, "content": content, "key": scope_key}
-        async with transaction(engine, [scope]) as connection:
+def register(owner: AsyncEngine, scope: TenantScope) -> Register:
+    """Registered and active at once, as only the owner of the tables can; signed as the gate would."""
+
+    async def register(name: str, scope_key: str, content: bytes = b"{}", *, signed: bool = True) -> Pin:
+        digest = hashlib.sha256(content).hexdigest()
+        at = datetime(2026, 1, 31, tzinfo=UTC)
+        statement = Statement("model", scope.tenant_id, name, 1, digest, "ann", "bob", at)
+        values: dict[str, Any] = {"tenant": scope.tenant_id, "name": name, "digest": digest, "key": scope_key}
+        values |= {"content": content, "at": at, "signature": SIGNER.sign(statement) if signed else None}
+        async with transaction(owner, [scope]) as connection:
             await connection.execute(
                 text(
                     "INSERT INTO registry_versions (tenant, kind, name, version, digest, content, status, author,"
-                    " approver, reason, approved_at)"
-                    " VALUES (:tenant, 'model', :name, 1, :digest, :content, :status, 'ann', 'bob', 'test', now())"
+                    " approver, reason, approved_at, signature, key_id)"
+                    " VALUES (:tenant, 'model', :name, 1, :digest, :content, 'active', 'ann', 'bob', 'test', :at,"
+                    " CAST(:signature AS bytea), :key_id)"
                 ),
-                values | {"status": "approved" if status == "broken" else status},
+                values | {"key_id": SIGNER.key_id if signed else None},
             )
             await connection.execute(
                 text(
@@ -609,20 +499,21 @@ async def test_default_artifacts_decide_for_a_new_tenant(
     registry = PostgresRegistry(engine, clock)
     (active,) = await registry.active([scope], "risk", ["payment.card"])
     assert active.thresholds == Thresholds()
-    seeded = {(a["kind"], a["name"]): a for a in default_artifacts()}
+    assert not active.halted
+    released = {artifact.pin: artifact for artifact in release_artifacts()}
     pins = [pin for pin in (active.model, active.policy, active.guardrail) if pin is not None]
-    assert bool(pins) == bool(seeded)
+    assert len(pins) == 3
     for artifact in await registry.artifacts(pins):
-        assert artifact.content == seeded[artifact.kind, artifact.pin.name]["content"]
+        assert canonical_json(artifact.content) == released[artifact.pin].content
 
 
 async def test_the_most_specific_row_decides(
     engine: AsyncEngine, scope: TenantScope, clock: SetClock, register: Register
 ) -> None:
     await create_tenant(engine, scope, "Acme", thresholds=Thresholds(hard_limit=80))
-    mine = await register("own", "risk", content=b'{"a":1}')
-    special = await register("special", "risk:loan.application", content=b'{"b":2}')
-    registry, other = PostgresRegistry(engine, clock), fresh_scope()
+    mine = await register("own", "risk", b'{"a":1}')
+    special = await register("special", "risk:loan.application", b'{"b":2}')
+    registry, other = PostgresRegistry(engine, clock, TRUSTED), fresh_scope()
     types = ["payment.card", "loan.application", "payment.card"]
     first, second, third = await registry.active([scope, scope, other], "risk", types)
     assert (first.model, second.model) == (mine, special)
@@ -635,39 +526,100 @@ async def test_the_most_specific_row_decides(
 async def test_a_revoked_version_is_replaced_by_none_and_not_by_a_general_one(
     engine: AsyncEngine, scope: TenantScope, clock: SetClock, register: Register
 ) -> None:
-    registry = PostgresRegistry(engine, clock)
-    pin = await register("own", "risk")
+    registry = PostgresRegistry(engine, clock, TRUSTED)
+    pin = await register("own", "risk", secrets.token_hex(8).encode())
     assert (await registry.active([scope], "risk", ["login"]))[0].model == pin
+    assert list(await registry.revoked([pin])) == [False]
     await rows(engine, [scope], "UPDATE registry_versions SET status = 'revoked' WHERE name = 'own' RETURNING 1")
-    clock.seconds += 1.9
+    clock.seconds += 0.9
     assert (await registry.active([scope], "risk", ["login"]))[0].model == pin
     clock.seconds += 0.1
     assert (await registry.active([scope], "risk", ["login"]))[0].model is None
+    assert list(await registry.revoked([pin, pin])) == [True, True]
 
 
-async def test_content_is_checked_and_must_be_approved(
+async def test_a_tenants_copy_cannot_revoke_what_every_tenant_uses(
     engine: AsyncEngine, scope: TenantScope, clock: SetClock, register: Register
 ) -> None:
-    registry = PostgresRegistry(engine, clock)
-    draft = await register("draft", "risk", "draft", content=b'{"secret":1}')
-    broken = await register("broken", "compliance", "broken", content=secrets.token_bytes(9))
-    assert (await registry.active([scope], "risk", ["login"]))[0].model is None
+    """A pin names no tenant, and everybody knows the content of a default."""
+    shared = next(artifact for artifact in release_artifacts() if artifact.kind == "model")
+    assert await register(shared.name, "risk", shared.content) == shared.pin
+    await rows(engine, [scope], "UPDATE registry_versions SET status = 'revoked' WHERE version = 1 RETURNING 1")
+    assert list(await PostgresRegistry(engine, clock).revoked([shared.pin])) == [False]
+
+
+@asynccontextmanager
+async def rewriting(owner: AsyncEngine, scope: TenantScope) -> AsyncIterator[AsyncConnection]:
+    """What only the owner of the tables can do: change a version behind the triggers' and the constraint's back."""
+    content = "registry_versions_content"
+    async with transaction(owner, [scope]) as connection:
+        await connection.execute(text("ALTER TABLE registry_versions DISABLE TRIGGER gate"))
+        await connection.execute(text(f"ALTER TABLE registry_versions DROP CONSTRAINT {content}"))
+        yield connection
+        await connection.execute(text("ALTER TABLE registry_versions ENABLE ALWAYS TRIGGER gate"))
+        check = "CHECK (digest = encode(sha256(content), 'hex')) NOT VALID"
+        await connection.execute(text(f"ALTER TABLE registry_versions ADD CONSTRAINT {content} {check}"))
+
+
+SWAPPED = b'{"swapped":true}'
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("content = :content", "does not match its digest"),
+        ("content = :content, digest = :digest", "does not fit what is registered"),
+        ("author = 'eve'", "does not fit"),
+        ("valid_until = now() + interval '1 year'", "does not fit"),
+        ("signature = NULL, key_id = NULL", "is not signed"),
+        ("key_id = '0123456789abcdef'", "not trusted"),
+        ("signature = decode(repeat('00', 64), 'hex')", "does not fit"),
+    ],
+)
+async def test_what_the_owner_of_the_tables_changed_is_not_used(
+    engine: AsyncEngine,
+    owner: AsyncEngine,
+    scope: TenantScope,
+    clock: SetClock,
+    register: Register,
+    change: str,
+    problem: str,
+) -> None:
+    pin = await register("own", "risk", canonical_json({"n": secrets.token_hex(4)}))
+    assert (await PostgresRegistry(engine, clock, TRUSTED).artifacts([pin]))[0].pin == pin
+    digest = hashlib.sha256(SWAPPED).hexdigest()
+    async with rewriting(owner, scope) as connection:
+        values = {"content": SWAPPED, "digest": digest}
+        used = {name: value for name, value in values.items() if f":{name}" in change}
+        await connection.execute(text(f"UPDATE registry_versions SET {change} WHERE name = 'own'"), used)
+    registry = PostgresRegistry(engine, clock, TRUSTED)
+    (active,) = await registry.active([scope], "risk", ["login"])
+    assert active.model is not None
+    with pytest.raises(InvalidModelStateError, match=problem):
+        await registry.artifacts([active.model])
+
+
+async def test_only_approved_and_signed_content_comes_out(
+    engine: AsyncEngine, scope: TenantScope, clock: SetClock, register: Register
+) -> None:
+    content = canonical_json({"secret": secrets.token_hex(8)})
+    draft = Pin(name="draft", version=1, digest=hashlib.sha256(content).hexdigest())
+    insert = (
+        "INSERT INTO registry_versions (tenant, kind, name, version, digest, content, author, reason)"
+        " VALUES (:tenant, 'model', 'draft', 1, :digest, :content, 'ann', '') RETURNING 1"
+    )
+    await rows(engine, [scope], insert, tenant=scope.tenant_id, digest=draft.digest, content=content)
+    registry = PostgresRegistry(engine, clock, TRUSTED)
     with pytest.raises(ModelNotApprovedError):
         await registry.artifacts([draft])
-    with pytest.raises(InvalidModelStateError):
-        await registry.artifacts([broken])
-
-
-async def test_nobody_approves_their_own_version(engine: AsyncEngine, scope: TenantScope) -> None:
-    with pytest.raises(DBAPIError, match="four_eyes"):
-        async with transaction(engine, [scope]) as connection:
-            await connection.execute(
-                text(
-                    "INSERT INTO registry_versions (tenant, kind, name, version, digest, content, author, approver,"
-                    " reason) VALUES (:tenant, 'model', 'm', 1, 'd', '', 'ann', 'ann', '')"
-                ),
-                {"tenant": scope.tenant_id},
-            )
+    unsigned = await register("unsigned", "risk", b'{"u":1}', signed=False)
+    with pytest.raises(InvalidModelStateError, match="is not signed"):
+        await registry.artifacts([unsigned])
+    signed = await register("signed", "compliance", canonical_json({"n": secrets.token_hex(8)}))
+    with pytest.raises(InvalidModelStateError, match="not trusted"):
+        await PostgresRegistry(engine, clock).artifacts([signed])
+    with pytest.raises(InvalidModelStateError, match="SHA-256"):
+        await registry.artifacts([Pin(name="x", version=1, digest="{}")])
 
 
 # --- reports ------------------------------------------------------------------------------------------

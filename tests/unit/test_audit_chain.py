@@ -131,5 +131,7 @@ def test_a_trail_is_compared_byte_for_byte() -> None:
     assert trail_gaps([state()], {record.record_id: record.body}) == trail_gaps([], {})
     assert trail_gaps([state()], {}).missing == (record.record_id,)
     assert trail_gaps([state()], {record.record_id: b"{}"}).missing == (record.record_id,)
-    gaps = trail_gaps([state()], {record.record_id: record.body, "sibling": b"{}"})
-    assert (gaps.missing, gaps.orphans) == ((), ("sibling",))
+    sibling = record.body.replace(b'"n":0', b'"n":7')
+    command = b'{"action":"approval.approved"}'
+    gaps = trail_gaps([state()], {record.record_id: record.body, "sibling": sibling, "command": command})
+    assert (gaps.missing, gaps.orphans) == ((), ("sibling",))  # what a person did is no version of an event

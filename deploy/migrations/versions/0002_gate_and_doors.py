@@ -38,6 +38,7 @@ ALTER TABLE approvals ADD COLUMN claimed_by text;
 ALTER TABLE approvals ADD COLUMN claimed_at timestamptz;
 ALTER TABLE approvals ADD COLUMN note text;
 ALTER TABLE approvals ADD COLUMN close_reason text;
+ALTER TABLE approvals ADD COLUMN open_reason text;
 ALTER TABLE approvals ADD CONSTRAINT approvals_cause CHECK (cause IN ('decision', 'reopened', 'contested'));
 ALTER TABLE approvals ADD CONSTRAINT approvals_expiry_outcome CHECK (expiry_outcome IN ('REJECTED', 'APPROVED'));
 ALTER TABLE approvals ADD CONSTRAINT approvals_needed CHECK (approvers_needed BETWEEN 1 AND 2);
@@ -79,12 +80,14 @@ ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_use CHECK (use_ta
 ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_content CHECK (
     digest = encode(sha256(content), 'hex'));
 ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_validator CHECK (validator <> author);
+ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_persons CHECK (author <> '' AND approver <> '');
 ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_exact UNIQUE (kind, tenant, name, version, digest);
 
 CREATE TABLE registry_approvals (
     tenant text NOT NULL, kind text NOT NULL, name text NOT NULL, version integer NOT NULL, digest text NOT NULL,
     approver text NOT NULL, reason text NOT NULL, approved_at timestamptz NOT NULL,
     PRIMARY KEY (kind, tenant, name, version),
+    CONSTRAINT registry_approvals_person CHECK (approver <> ''),
     CONSTRAINT registry_approvals_exact FOREIGN KEY (kind, tenant, name, version, digest)
         REFERENCES registry_versions (kind, tenant, name, version, digest));
 
@@ -94,10 +97,16 @@ ALTER TABLE registry_active ADD CONSTRAINT registry_active_version FOREIGN KEY (
 
 CREATE TABLE registry_activations (
     id bigint NOT NULL GENERATED ALWAYS AS IDENTITY, tenant text NOT NULL, kind text NOT NULL,
-    scope_key text NOT NULL, name text NOT NULL, version integer NOT NULL, activated_by text NOT NULL,
+    scope_key text NOT NULL, action text NOT NULL, name text, version integer, activated_by text NOT NULL,
     reason text NOT NULL, activated_at timestamptz NOT NULL,
-    PRIMARY KEY (id));
+    PRIMARY KEY (id),
+    CONSTRAINT registry_activations_action CHECK (action IN ('activate', 'rollback')),
+    CONSTRAINT registry_activations_version CHECK (
+        num_nulls(name, version) = 0 OR (num_nulls(name, version) = 2 AND action = 'rollback')));
 CREATE INDEX registry_activations_place ON registry_activations (tenant, kind, scope_key, id);
+INSERT INTO registry_activations (tenant, kind, scope_key, action, name, version, activated_by, reason, activated_at)
+    SELECT tenant, kind, scope_key, 'activate', name, version, 'upgrade', 'active before the upgrade', activated_at
+      FROM registry_active;
 
 CREATE TABLE halts (
     tenant text NOT NULL, model text NOT NULL DEFAULT '*', reason text NOT NULL, set_by text NOT NULL,
@@ -106,6 +115,7 @@ CREATE TABLE halts (
 
 ALTER TABLE tenants ADD COLUMN approval_policy jsonb NOT NULL DEFAULT '{}';
 ALTER TABLE tenants ADD COLUMN limits jsonb NOT NULL DEFAULT '{}';
+ALTER TABLE tenants ADD CONSTRAINT tenants_status CHECK (status IN ('active', 'suspended'));
 
 CREATE TABLE memberships (
     user_id text NOT NULL, tenant text NOT NULL, role text NOT NULL, granted_by text NOT NULL,
@@ -129,13 +139,14 @@ ALTER TABLE api_keys ADD COLUMN expires_at timestamptz;
 ALTER TABLE api_keys ADD CONSTRAINT api_keys_role CHECK (role IN ('SERVICE', 'VIEWER'))
 """
 
-# Whoever owns the table made it, and brings the release's own artifacts: the only rows that begin as active.
+# Whoever owns the table made it, and brings the release's own artifacts: the only rows that begin as more than drafts.
 _FUNCTIONS = """
 CREATE FUNCTION rf_registry_version() RETURNS trigger LANGUAGE plpgsql AS
 $$ BEGIN
     IF TG_OP = 'INSERT' THEN
-        IF NEW.status <> 'draft' AND NOT pg_has_role(
-            current_user, (SELECT relowner FROM pg_class WHERE oid = TG_RELID), 'MEMBER') THEN
+        IF (NEW.status <> 'draft'
+            OR num_nonnulls(NEW.submitted_at, NEW.approver, NEW.approved_at, NEW.signature, NEW.key_id) > 0)
+           AND NOT pg_has_role(current_user, (SELECT relowner FROM pg_class WHERE oid = TG_RELID), 'MEMBER') THEN
             RAISE EXCEPTION 'a version begins as a draft' USING ERRCODE = 'check_violation';
         END IF;
         RETURN NEW;
@@ -147,17 +158,23 @@ $$ BEGIN
         OLD.owner, OLD.purpose, OLD.use_tag, OLD.limitations, OLD.evidence, OLD.validator, OLD.valid_until) THEN
         RAISE EXCEPTION 'a version never changes: register a new one' USING ERRCODE = 'check_violation';
     END IF;
-    IF OLD.approver IS NOT NULL AND NEW.approver IS DISTINCT FROM OLD.approver THEN
-        RAISE EXCEPTION 'an approval never changes' USING ERRCODE = 'check_violation';
-    END IF;
     IF NEW.status <> OLD.status AND NOT EXISTS (
         SELECT 1 FROM registry_transitions t WHERE t.from_status = OLD.status AND t.to_status = NEW.status) THEN
         RAISE EXCEPTION 'a version may not go from % to %', OLD.status, NEW.status USING ERRCODE = 'check_violation';
     END IF;
+    IF NEW.submitted_at IS DISTINCT FROM OLD.submitted_at
+       AND NOT (OLD.status = 'draft' AND NEW.status = 'submitted') THEN
+        RAISE EXCEPTION 'a version is submitted once' USING ERRCODE = 'check_violation';
+    END IF;
+    IF (NEW.approver, NEW.approved_at, NEW.signature, NEW.key_id)
+       IS DISTINCT FROM (OLD.approver, OLD.approved_at, OLD.signature, OLD.key_id)
+       AND NOT (OLD.status = 'submitted' AND NEW.status = 'approved') THEN
+        RAISE EXCEPTION 'an approval never changes' USING ERRCODE = 'check_violation';
+    END IF;
     IF NEW.status = 'approved' AND OLD.status <> 'approved' AND NOT EXISTS (
         SELECT 1 FROM registry_approvals a
          WHERE a.kind = NEW.kind AND a.tenant = NEW.tenant AND a.name = NEW.name AND a.version = NEW.version
-           AND a.digest = NEW.digest AND a.approver = NEW.approver) THEN
+           AND a.digest = NEW.digest AND a.approver = NEW.approver AND a.approved_at = NEW.approved_at) THEN
         RAISE EXCEPTION 'a version is approved by a row in registry_approvals' USING ERRCODE = 'check_violation';
     END IF;
     RETURN NEW;
@@ -171,6 +188,9 @@ BEGIN
     IF found.status IS DISTINCT FROM 'submitted' THEN
         RAISE EXCEPTION 'only a submitted version can be approved' USING ERRCODE = 'check_violation';
     END IF;
+    IF found.digest <> NEW.digest THEN
+        RAISE EXCEPTION 'an approval is of one content: the digest is another' USING ERRCODE = 'check_violation';
+    END IF;
     IF found.author = NEW.approver THEN
         RAISE EXCEPTION 'nobody approves their own version' USING ERRCODE = 'check_violation';
     END IF;
@@ -179,11 +199,12 @@ END $$;
 
 CREATE FUNCTION rf_registry_active() RETURNS trigger LANGUAGE plpgsql AS
 $$ BEGIN
-    IF NOT EXISTS (
-        SELECT 1 FROM registry_versions v
-         WHERE v.kind = NEW.kind AND v.tenant = NEW.tenant AND v.name = NEW.name AND v.version = NEW.version
-           AND v.status IN ('approved', 'active', 'retired') AND v.approver IS NOT NULL
-           AND (v.valid_until IS NULL OR v.valid_until > now())) THEN
+    -- Locked, so that a revocation that commits first is seen, and one that comes later finds this row.
+    PERFORM 1 FROM registry_versions v
+      WHERE v.kind = NEW.kind AND v.tenant = NEW.tenant AND v.name = NEW.name AND v.version = NEW.version
+        AND v.status IN ('approved', 'active') AND v.approver IS NOT NULL
+        AND (v.valid_until IS NULL OR v.valid_until > now()) FOR SHARE;
+    IF NOT FOUND THEN
         RAISE EXCEPTION 'only an approved version whose validation has not expired can be active'
             USING ERRCODE = 'check_violation';
     END IF;

@@ -1,0 +1,88 @@
+"""The role `control`: the operator API, the relay of its outbox, and the expiry of approvals.
+
+Promises: what a command committed is published by this process or by the next one that starts; two of them may run side
+by side. Stops in this order: the API first, so that no command begins; then the expiry; then the relay, which has a
+moment to send what was committed last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from deploy import keys
+from deploy.credentials import authenticator, token_issuer
+from deploy.settings import Settings
+from deploy.wiring import Kit, background, health_door, kit, stop_signal
+from gateway.control.app import create_control
+from gateway.control.desk import Desk
+from gateway.health import CollectorRegistry, serve
+from governance.passwords import Passwords
+from governance.postgres.approvals import Approvals
+from governance.postgres.commands import PeoplePolicy, PeoplePorts
+from governance.postgres.directory import PostgresDirectory
+from governance.postgres.gate import RegistryGate
+from governance.postgres.looking import Looking
+from governance.postgres.outbox import PostgresOutbox
+from governance.postgres.people import People
+from governance.registry import Validator, loads_as
+from resilience.management import BrokerManagement
+from resilience.relay import OutboxRelay
+from workers.judgement.checks import load_guardrail
+from workers.judgement.models import load_model
+from workers.judgement.policies import load_policy
+
+_LAST_WORD_S = 2.0
+
+
+def validators() -> Mapping[str, Validator]:
+    """What looks at content before it is submitted: the very functions that read it when it decides."""
+    return {
+        "model": loads_as("model", load_model),
+        "policy": loads_as("policy", load_policy),
+        "guardrail": loads_as("guardrail", load_guardrail),
+    }
+
+
+async def run_control(settings: Settings) -> None:
+    """The operator API, until SIGTERM or SIGINT. Raises SettingsError without the keys that it signs with."""
+    async with kit(settings, "control") as k:
+        management = BrokerManagement(settings.need("rabbitmq_management_url"))
+        try:
+            await _serve(settings, k, management)
+        finally:
+            await management.close()
+
+
+async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> None:
+    pepper = keys.pepper(settings)
+    directory = PostgresDirectory(k.engine, k.clock, pepper)
+    relay = OutboxRelay(PostgresOutbox(k.engine), k.publisher, k.telemetry)
+    approvals = Approvals(k.engine, k.clock, settings.partitions, k.telemetry)
+    tokens = token_issuer(settings)
+    ports = PeoplePorts(k.engine, k.clock, k.ids, Passwords(), settings.partitions, tokens, management)
+    people = People(ports, PeoplePolicy(pepper, settings.token_ttl))
+    desk = Desk(
+        credentials=authenticator(settings, directory, k.clock),
+        exists=people.tenants.exists,
+        gate=RegistryGate(k.engine, k.clock, settings.partitions, keys.artifact_signer(settings), validators()),
+        people=people,
+        approvals=approvals,
+        looking=Looking(k.engine, k.state_store),
+        telemetry=k.telemetry,
+        clock=k.clock,
+        committed=relay.wake,
+    )
+    door = health_door(k, CollectorRegistry(), lambda: None)
+    app = create_control(desk, door, k.ids, version=settings.version)
+    stop, last = stop_signal(), asyncio.Event()
+    relaying = asyncio.create_task(relay.run(last), name="relay")
+    try:
+        async with background(k, stop, approvals.run_expiry(stop, committed=relay.wake)):
+            await serve(app, settings.control_host, settings.control_port, stop=stop)
+    finally:
+        last.set()
+        relay.wake()
+        await asyncio.wait({relaying}, timeout=_LAST_WORD_S)
+        relaying.cancel()
+        await asyncio.gather(relaying, return_exceptions=True)

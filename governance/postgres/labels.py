@@ -1,0 +1,91 @@
+"""The table of labels: late ground truth, each once.
+
+Promises: a label is stored once, whatever is repeated and in whatever order it comes; the answer says which were new.
+Does not look whether the event exists: a label may come first. Does not say which of an event's labels holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from contracts.failures import DomainValidationError
+from contracts.labels import Label
+from governance.postgres.engine import clean, columns, moment, transaction
+
+Key = tuple[str, str]
+
+_COLUMNS: Final = (*("tenant", "label_id", "event_id", "label", "source", "effective_at", "received_at", "body"),)
+_INSERT: Final = text(
+    """
+    INSERT INTO labels (tenant, label_id, event_id, label, source, effective_at, received_at, body)
+    SELECT * FROM unnest(
+        CAST(:tenant AS text[]), CAST(:label_id AS text[]), CAST(:event_id AS text[]), CAST(:label AS text[]),
+        CAST(:source AS text[]), CAST(:effective_at AS timestamptz[]), CAST(:received_at AS timestamptz[]),
+        CAST(:body AS bytea[]))
+    ON CONFLICT DO NOTHING
+    RETURNING tenant, label_id
+    """
+)
+
+
+class PostgresLabelBook:
+    """The port LabelBook over the table `labels`."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def record(self, labels: Sequence[Label]) -> Sequence[bool]:
+        """Insert each label once, in one transaction; by position, False = it was already there (or twice here).
+
+        Raises DomainValidationError, before anything is written, when a time of one of them cannot be read: its
+        neighbours are good, so the caller sends smaller parts until the bad one stands alone.
+        """
+        if not labels:
+            return ()
+        # Sorted: two sinks with the same labels wait for each other, and never for ever. Stable: the first one wins.
+        rows = sorted((label_row(label) for label in labels), key=lambda row: (row[0], row[1]))
+        async with transaction(self._engine, [label.scope for label in labels]) as connection:
+            inserted = {
+                (row.tenant, row.label_id) for row in await connection.execute(_INSERT, columns(rows, _COLUMNS))
+            }
+        return _first_of_each([(label.scope.tenant_id, clean(label.label_id)) for label in labels], inserted)
+
+
+def label_row(label: Label) -> tuple[Any, ...]:
+    """A label's columns in the order of the table. Raises DomainValidationError for a time that cannot be read."""
+    return (
+        label.scope.tenant_id,
+        clean(label.label_id),
+        clean(label.event_id),
+        clean(label.label),
+        clean(label.source),
+        _time(label.effective_at, "effective_at"),
+        _time(label.received_at, "received_at"),
+        label.body,
+    )
+
+
+def _time(value: str, field: str) -> datetime:
+    try:
+        if datetime.fromisoformat(value).tzinfo is not None:
+            return moment(value)
+    except ValueError:
+        pass  # told below, without the value
+    raise DomainValidationError(
+        "a label's time cannot be read; send it again as RFC 3339 with an offset",
+        pointers=((f"/{field}", "must be an RFC 3339 date-time with an offset"),),
+    )
+
+
+def _first_of_each(keys: Sequence[Key], inserted: set[Key]) -> tuple[bool, ...]:
+    """By position: the row with this key was inserted, and this is its first position."""
+    left, new = set(inserted), []
+    for key in keys:
+        new.append(key in left)
+        left.discard(key)
+    return tuple(new)

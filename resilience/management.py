@@ -7,14 +7,22 @@ Not used by workers: they consume passively what `riskfleet topology apply` made
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 
 from contracts.failures import MessagingFailureError
-from contracts.topology import Binding, Exchange, Policy, Queue, Topology
+from contracts.tenancy import TenantScope
+from contracts.topology import DECISIONS, INGEST, REJECTED, Binding, Exchange, Policy, Queue, Topology, tenant_ingest
+
+UPSTREAM_EXCHANGES: Final = (INGEST, DECISIONS, REJECTED)
+"""What a tenant's broker user sees: the first one to publish to, the others to bind."""
+
+NOTHING: Final = "^$"
+"""The pattern of no name at all."""
 
 
 class BrokerManagement:
@@ -102,23 +110,50 @@ class BrokerManagement:
         """The broker's version."""
         return str((await self._call("GET", "overview"))["rabbitmq_version"])
 
+    async def open_upstream(self, scope: TenantScope, user: str, password: str) -> None:
+        """A tenant's ingest queue and its own broker user; repeating it changes nothing but the password."""
+        await self.apply(tenant_ingest(scope.ingest_queue, scope.tenant_id))
+        await self.create_upstream_user(user, password, scope.tenant_id, UPSTREAM_EXCHANGES)
+
+    async def suspend_upstream(self, user: str) -> None:
+        """The user may do nothing any more and is disconnected; the tenant's queues and their messages stay."""
+        await self._permit(user, NOTHING, NOTHING, NOTHING)
+        # The broker remembers a channel's permissions for a while: only a new connection asks again.
+        await self._call("DELETE", f"connections/username/{quote(user, safe='')}")
+
+    async def resume_upstream(self, scope: TenantScope, user: str) -> None:
+        """The user may again what a tenant's user may."""
+        await self._permit_upstream(user, scope.tenant_id, UPSTREAM_EXCHANGES)
+
     async def create_upstream_user(self, user: str, password: str, tenant_id: str, exchanges: Sequence[str]) -> None:
         """A tenant's broker user: writes and reads topics of its tenant, owns `up.<tenant>.*`, nothing else.
 
-        `exchanges` are the topic exchanges of the public contract; the first one is for writing.
+        `exchanges` are the topic exchanges of the public contract; the first one is for writing only, the others are
+        for reading only.
         """
         await self._call("PUT", f"users/{quote(user, safe='')}", {"password": password, "tags": ""})
-        names = "|".join(name.replace(".", r"\.") for name in exchanges)
-        own = rf"up\.{tenant_id}\..*"
-        permissions = {
-            "configure": f"^{own}$",
-            "write": rf"^({exchanges[0].replace('.', chr(92) + '.')}|{own})$",
-            "read": f"^({names}|{own})$",
-        }
-        await self._call("PUT", f"permissions/{self._vhost}/{quote(user, safe='')}", permissions)
-        for exchange in exchanges:
-            topic = {"exchange": exchange, "write": rf"^{tenant_id}\.", "read": rf"^{tenant_id}\."}
+        await self._permit_upstream(user, tenant_id, exchanges)
+
+    async def _permit_upstream(self, user: str, tenant_id: str, exchanges: Sequence[str]) -> None:
+        """Tenant ids have neither dots nor anything special in a pattern, and the dot ends them: acme is not acme-2.
+
+        Topic permissions bind direct publishes and bindings only. A user may still reach another tenant's ingest
+        queue through an exchange or dead-letter target of its own; there the user that the broker verified counts,
+        and the door refuses.
+        """
+        ingest, *reading = (re.escape(name) for name in exchanges)
+        own = rf"up\.{tenant_id}\..+"
+        # Topics first: with permissions alone the user could use every key for a moment.
+        for number, exchange in enumerate(exchanges):
+            mine = rf"^{tenant_id}\."
+            write, read = (mine, NOTHING) if number == 0 else (NOTHING, mine)
+            topic = {"exchange": exchange, "write": write, "read": read}
             await self._call("PUT", f"topic-permissions/{self._vhost}/{quote(user, safe='')}", topic)
+        await self._permit(user, f"^{own}$", f"^({ingest}|{own})$", f"^({'|'.join([*reading, own])})$")
+
+    async def _permit(self, user: str, configure: str, write: str, read: str) -> None:
+        permissions = {"configure": configure, "write": write, "read": read}
+        await self._call("PUT", f"permissions/{self._vhost}/{quote(user, safe='')}", permissions)
 
     async def close(self) -> None:
         """Close the HTTP client."""

@@ -5,7 +5,8 @@ Promises fencing by token equality: after a takeover, or after FLUSHALL, the old
 answers False. Does not promise durability: PostgreSQL and the messages carry what Redis forgets.
 
 A state is a hash: v version · d digest · b body digest · s stored bytes · o output · l lock token ·
-u lease end (ms, server's clock) · h holder's boot id · w whole trail owed · k token of the last advance.
+u lease end (ms, server's clock) · h holder's boot id · w whole trail owed · k token of the last advance ·
+t status of a final version.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from redis.backoff import NoBackoff
 
 from contracts.codec import Entry
 from contracts.failures import StateStoreError
+from contracts.lifecycle import FINAL_VERSION, VERSION_OF
 from contracts.ports import (
     Advance,
     Claim,
@@ -37,6 +39,8 @@ from contracts.ports import (
     Reserved,
 )
 from contracts.tenancy import TenantScope
+
+_STATUS_OF_VERSION = {version: status for status, version in VERSION_OF.items() if version < FINAL_VERSION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ class RedisStateStore:
         args: list[Any] = [self._policy.state_ttl_s, self._policy.tombstone_ttl_s]
         for m in moves:
             args += (m.token, m.expected_version, m.expected_digest, m.version, m.digest, m.body_digest)
-            args += (m.stored, m.output, int(m.tombstone))
+            args += (m.stored, m.output, int(m.tombstone), m.status)
         return [row == 1 for row in await self._run("advance", keys, args)]
 
     async def release(self, held: Sequence[Held]) -> None:
@@ -134,11 +138,13 @@ class RedisStateStore:
         """Read versions without claiming, in one round trip."""
         async with _translated(), self._client.pipeline(transaction=False) as pipe:
             for scope, event_id in keys:
-                pipe.hmget(scope.state_key(event_id), ["v", "b", "s", "h"])
+                pipe.hmget(scope.state_key(event_id), ["v", "b", "s", "h", "t"])
             rows = await pipe.execute()
         return [
-            None if version is None else Peek(int(version), "", _text(body), stored, _text(holder))
-            for version, body, stored, holder in rows
+            None
+            if version is None
+            else Peek(int(version), status_of(int(version), _text(status)), _text(body), stored, _text(holder))
+            for version, body, stored, holder, status in rows
         ]
 
     async def beat(self) -> None:
@@ -204,6 +210,14 @@ def _claim(token: str, request: ClaimRequest, row: Sequence[Any]) -> Claim:
     if kind in (ClaimVerdict.GO, ClaimVerdict.INSTALLED):
         stored = request.entry.body
     return Claim(kind, token, version, stored or None, output or None, owes == 1, lease_ms, _text(holder))
+
+
+def status_of(version: int, final: str) -> str:
+    """The status of a stored version: the version tells it until it is final, then `advance` was told.
+
+    "" for a final version that was advanced without a status: the ledger has it.
+    """
+    return final if version >= FINAL_VERSION else _STATUS_OF_VERSION[version]
 
 
 def _heartbeat_key(boot: str) -> str:

@@ -1,70 +1,49 @@
-"""Small real implementations of the ports, in memory, for tests: each can be told to fail as its server would."""
+"""What tests add to the in-memory twins of the product: their tables at hand, recorders, and builders.
+
+The twins themselves are `governance.memory` and `resilience.memory`.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
-from contracts.codec import Entry, state_from_bytes
+from contracts.codec import state_from_bytes
 from contracts.events import canonical_json
-from contracts.failures import DatabaseError, StateStoreError
-from contracts.identity import Grant, Principal, Role
+from contracts.failures import DatabaseError
+from contracts.identity import Principal
 from contracts.lifecycle import Status
 from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, PolicyVerdict
-from contracts.ports import (
-    Advance,
-    Claim,
-    ClaimRequest,
-    Confirm,
-    DecisionRow,
-    EventRow,
-    Held,
-    Message,
-    Peek,
-    Reservation,
-    Reserved,
-    TenantProfile,
-)
-from contracts.state import EventState, SubjectHistory, Thresholds
+from contracts.ports import Confirm, DecisionRow, Message, Peek, TenantProfile
+from contracts.state import Thresholds
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
 from gateway.intake import Intake, IntakePorts
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
+from governance.memory import MemoryDatabase, MemoryDirectory, MemoryLedger, Transaction
+from governance.memory.directory import TENANTS, StoredTenant
+from governance.memory.ledger import DECISIONS, EVENTS, StoredDecision, StoredEvent
+from resilience.memory.state_store import Cell, MemoryRedis, MemoryStateStore
+from resilience.memory.time import CountingIds, SteppingClock
+from resilience.redis import status_of
 
+__all__ = [
+    "CountingIds",
+    "DoorParts",
+    "InMemoryDirectory",
+    "InMemoryLedger",
+    "InMemoryStateStore",
+    "RecordingPublisher",
+    "RecordingTelemetry",
+    "SteppingClock",
+    "View",
+    "event_body",
+]
+
+K = TypeVar("K")
+V = TypeVar("V")
 Key = tuple[TenantScope, str]
-
-
-@dataclass
-class SteppingClock:
-    """A clock that moves only when told to."""
-
-    moment: datetime = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
-    elapsed: float = 0.0
-
-    def now(self) -> datetime:
-        return self.moment
-
-    def monotonic(self) -> float:
-        return self.elapsed
-
-    def step(self, seconds: float) -> None:
-        self.moment += timedelta(seconds=seconds)
-        self.elapsed += seconds
-
-
-class CountingIds:
-    """Ids that count: never random, always well-formed."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
-
-    def token(self) -> str:
-        return f"{next(self._numbers):032x}"
-
-    def uuid7(self) -> str:
-        return f"01900000-0000-7000-8000-{next(self._numbers):012x}"
 
 
 @dataclass
@@ -97,132 +76,171 @@ class RecordingPublisher:
         return [message for message in self.messages if message.exchange == exchange]
 
 
-@dataclass
-class InMemoryDirectory:
-    """Tenants and their keys; `error` is raised instead of an answer."""
+class View(MutableMapping[K, V]):
+    """A table as tests like to write it: a dictionary that reads and writes the twin's rows."""
 
-    profiles: dict[TenantScope, TenantProfile] = field(default_factory=dict)
-    keys: dict[str, Principal] = field(default_factory=dict)
-    error: Exception | None = None
+    def __init__(self, read: Callable[[], dict[K, V]], write: Callable[[K, V | None], None]) -> None:
+        self._read, self._write = read, write
+
+    def __getitem__(self, key: K) -> V:
+        return self._read()[key]
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self._write(key, value)
+
+    def __delitem__(self, key: K) -> None:
+        self._write(key, None)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+class Keys:
+    """Lets bearers in: `keys[bearer] = principal`."""
+
+    def __init__(self, directory: MemoryDirectory) -> None:
+        self._directory = directory
+
+    def __setitem__(self, bearer: str, principal: Principal) -> None:
+        self._directory.admit(bearer, principal)
+
+
+class InMemoryDirectory(MemoryDirectory):
+    """The twin's directory with its tables at hand; `error` is raised instead of an answer."""
+
+    def __init__(self) -> None:
+        self.database = MemoryDatabase(SteppingClock())
+        super().__init__(self.database)
+        self.error: Exception | None = None
+        self.keys = Keys(self)
 
     def add(self, profile: TenantProfile, key: str) -> None:
         self.profiles[profile.scope] = profile
-        self.keys[key] = Principal(
-            f"key:{key[:8]}", "", frozenset({Grant(profile.scope.tenant_id, Role.SERVICE)}), profile.scope
-        )
+        self.create_api_key(profile.scope, key)
 
-    async def principal(self, api_key: str) -> Principal | None:
+    @property
+    def profiles(self) -> View[TenantScope, TenantProfile]:
+        def read() -> dict[TenantScope, TenantProfile]:
+            rows = [(TenantScope(row.tenant_id), row) for row in self.database.contents(TENANTS)]
+            return {s: TenantProfile(s, row.name, row.broker_user, row.thresholds) for s, row in rows}
+
+        def write(scope: TenantScope, profile: TenantProfile | None) -> None:
+            def work(tx: Transaction) -> None:
+                tx.delete(TENANTS, scope.tenant_id)
+                if profile is not None:
+                    row = StoredTenant(scope.tenant_id, profile.name, profile.broker_user, profile.thresholds)
+                    tx.put(TENANTS, row)
+
+            self.database.apply([scope], work)
+
+        return View(read, write)
+
+    async def principal(self, bearer: str) -> Principal | None:
         if self.error:
             raise self.error
-        return self.keys.get(api_key)
+        return await super().principal(bearer)
 
     async def tenants(self) -> Sequence[TenantProfile]:
         if self.error:
             raise self.error
-        return tuple(self.profiles.values())
+        return await super().tenants()
 
 
 @dataclass
-class InMemoryLedger:
-    """Owners of identities and their decisions; the first body and the first decision win."""
+class InMemoryLedger(MemoryLedger):
+    """The twin's ledger with its tables at hand: `rows` are the highest revisions, `owners` are body digests."""
 
-    rows: dict[Key, DecisionRow] = field(default_factory=dict)
-    owners: dict[Key, str] = field(default_factory=dict)
     down: bool = False
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        self.database = MemoryDatabase(SteppingClock(), wire=self._wire)
+        super().__init__(self.database)
+
+    async def _wire(self) -> None:
         if self.down:
             raise DatabaseError
 
-    async def record_events(self, states: Sequence[EventState]) -> Sequence[EventRow]:
-        self._check()
-        answers = []
-        for state in states:
-            key = (state.scope, state.event_id)
-            owner = self.owners.setdefault(key, state.body_digest)
-            answers.append(EventRow(owner, self.rows.get(key)))
-        return answers
+    @property
+    def rows(self) -> View[Key, DecisionRow]:
+        def read() -> dict[Key, DecisionRow]:
+            rows = sorted(self.database.contents(DECISIONS), key=lambda row: row.revision)
+            return {(TenantScope(row.tenant), row.event_id): row.row for row in rows}
 
-    async def decisions(self, keys: Sequence[Key]) -> Sequence[DecisionRow | None]:
-        self._check()
-        return [self.rows.get(key) for key in keys]
+        return View(read, self._write_decision)
 
-    async def decide(self, states: Sequence[EventState]) -> Sequence[DecisionRow]:
-        self._check()
-        answers = []
-        for state in states:
-            assert state.decided is not None
-            decision = state.decided.decision
-            row = DecisionRow(
-                state.body_digest, 1, decision.outcome, decision.model_dump_json().encode(), state.to_bytes()
-            )
-            answers.append(self.rows.setdefault((state.scope, state.event_id), row))
-        return answers
+    def _write_decision(self, key: Key, decision: DecisionRow | None) -> None:
+        scope, event_id = key
+        now = self.database.clock.now()
 
-    async def known(self, keys: Sequence[Key]) -> Sequence[bool]:
-        self._check()
-        return [key in self.owners for key in keys]
+        def work(tx: Transaction) -> None:
+            for old in tx.find(DECISIONS, "event", scope.tenant_id, event_id):
+                tx.delete(DECISIONS, scope.tenant_id, event_id, old.revision)
+            if decision is not None:
+                d = decision
+                about = (d.revision, d.outcome, "pipeline", d.body_digest, "", d.decision, d.state, now, tx.number)
+                tx.put(DECISIONS, StoredDecision(scope.tenant_id, event_id, *about))
 
-    async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
-        self._check()
-        return [SubjectHistory() for _ in states]
+        self.database.apply([scope], work)
+
+    @property
+    def owners(self) -> View[Key, str]:
+        def read() -> dict[Key, str]:
+            rows = self.database.contents(EVENTS)
+            return {(TenantScope(row.tenant), row.event_id): row.body_digest for row in rows}
+
+        return View(read, self._write_owner)
+
+    def _write_owner(self, key: Key, body_digest: str | None) -> None:
+        scope, event_id = key
+        now = self.database.clock.now()
+
+        def work(tx: Transaction) -> None:
+            tx.delete(EVENTS, scope.tenant_id, event_id)
+            if body_digest is not None:
+                about = (None, body_digest, "risk", "payment.card", "customer", "c-1", None, None, now, now, "", b"")
+                tx.put(EVENTS, StoredEvent(scope.tenant_id, event_id, *about))
+
+        self.database.apply([scope], work)
 
 
-@dataclass
-class InMemoryStateStore:
-    """The door's side of the state store: reservations and peeks. Claims belong to the runner's own fake."""
+class InMemoryStateStore(MemoryStateStore):
+    """The twin's state store with its states at hand, as the doors see them."""
 
-    states: dict[Key, Peek] = field(default_factory=dict)
-    down: bool = False
+    def __init__(self) -> None:
+        super().__init__(MemoryRedis(SteppingClock()), "boot-1")
 
-    def _check(self) -> None:
-        if self.down:
-            raise StateStoreError
+    @property
+    def down(self) -> bool:
+        return self.server.down
 
-    async def reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
-        self._check()
-        return [self._reserve(entry) for entry in entries]
+    @down.setter
+    def down(self, down: bool) -> None:
+        self.server.down = down
 
-    def _reserve(self, entry: Entry) -> Reservation:
-        key = (entry.header.scope, entry.header.event)
-        held = self.states.get(key)
-        if held is None:
-            self.states[key] = Peek(0, Status.RECEIVED, entry.header.body_digest, entry.body)
-            return Reservation(Reserved.NEW, 0, entry.body)
-        if held.body_digest != entry.header.body_digest:
-            return Reservation(Reserved.CONFLICT, held.version, None)
-        return Reservation(Reserved.REPEAT, held.version, held.stored if held.version == 0 else None)
+    @property
+    def states(self) -> View[Key, Peek]:
+        def read() -> dict[Key, Peek]:
+            return {
+                key: Peek(c.version, status_of(c.version, c.status), c.body_digest, c.stored, c.holder)
+                for key, c in self.server.cells.items()
+            }
+
+        def write(key: Key, peek: Peek | None) -> None:
+            held = self.server.cells.pop(key, None)
+            if peek is not None:
+                digest = held.digest if held else ""
+                cell = Cell(peek.version, digest, peek.body_digest, peek.stored, holder=peek.holder, status=peek.status)
+                self.server.put(key, cell)
+
+        return View(read, write)
 
     def move_on(self, scope: TenantScope, event_id: str, version: int, status: Status, stored: bytes | None) -> None:
         """As if a stage had advanced the event."""
         key = (scope, event_id)
         self.states[key] = replace(self.states[key], version=version, status=status, stored=stored)
-
-    async def peek(self, keys: Sequence[Key]) -> Sequence[Peek | None]:
-        self._check()
-        return [self.states.get(key) for key in keys]
-
-    async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
-        raise NotImplementedError
-
-    async def advance(self, moves: Sequence[Advance]) -> Sequence[bool]:
-        raise NotImplementedError
-
-    async def release(self, held: Sequence[Held]) -> None:
-        raise NotImplementedError
-
-    async def beat(self) -> None:
-        self._check()
-
-    async def alive(self, boots: Sequence[str]) -> Sequence[bool]:
-        self._check()
-        return [False for _ in boots]
-
-    async def begin_alone(self, scope: TenantScope, event_id: str, stage: str) -> int:
-        raise NotImplementedError
-
-    async def end_alone(self, scope: TenantScope, event_id: str, stage: str) -> None:
-        raise NotImplementedError
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""In-memory twins for the runner: a state store with the Lua scripts' semantics, a ledger that opens approvals,
-a broker that loses confirms, and a registry with the packaged defaults."""
+"""What the runner's tests add to the in-memory twins: processes that die in the middle, a ledger that opens approvals,
+a publisher that loses confirms, and a registry with the packaged defaults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from contracts.codec import Entry, decode_carrier, record_of_entry
@@ -14,25 +15,21 @@ from contracts.failures import StateStoreError
 from contracts.lifecycle import Status
 from contracts.ports import (
     ActiveSet,
-    Advance,
     Artifact,
-    Claim,
-    ClaimRequest,
-    ClaimVerdict,
     Confirm,
     DecisionRow,
     Held,
     Message,
-    Peek,
-    Reservation,
-    Reserved,
 )
 from contracts.state import EventState, Pin, Thresholds
 from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, REJECTED, WORK
+from resilience.memory import MemoryRedis, MemoryStateStore, SteppingClock
+from resilience.redis import StatePolicy
 from tests.fakes import InMemoryLedger
 
 Key = tuple[TenantScope, str]
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DEFAULTS = Path(__file__).parents[1] / "governance" / "defaults"
 
 
@@ -40,155 +37,64 @@ class CrashError(BaseException):
     """The process dies here: nothing that it would have done afterwards happens."""
 
 
-@dataclass
-class Cell:
-    """One state hash; the letters of the real one are in resilience/redis.py."""
+class Beats(dict[str, int]):
+    """Heartbeats that last until they are discarded."""
 
-    version: int
-    digest: str
-    body_digest: str
-    stored: bytes | None
-    output: bytes | None = None
-    lock: str | None = None
-    until: int = 0
-    holder: str = ""
-    owes: bool = False
-    last: str | None = None
+    def add(self, boot: str) -> None:
+        self[boot] = 1 << 62
+
+    def discard(self, boot: str) -> None:
+        self.pop(boot, None)
 
 
-@dataclass
-class StateWorld:
-    """What a Redis server holds, and its clock (ms)."""
+class StateWorld(MemoryRedis):
+    """A server with a clock of its own (ms), whose heartbeats do not run out."""
 
-    cells: dict[Key, Cell] = field(default_factory=dict)
-    alone: dict[tuple[TenantScope, str, str], tuple[str, int]] = field(default_factory=dict)
-    beats: set[str] = field(default_factory=set)
-    now_ms: int = 0
+    beats: Beats
 
-    def flush(self) -> None:
-        self.cells.clear()
-        self.alone.clear()
-        self.beats.clear()
+    def __init__(self) -> None:
+        self._own = SteppingClock(EPOCH)
+        super().__init__(self._own)
+        self.beats = Beats()
+
+    @property
+    def now_ms(self) -> int:
+        return super().now_ms
+
+    @now_ms.setter
+    def now_ms(self, now: int) -> None:
+        self._own.moment = EPOCH + timedelta(milliseconds=now)
 
 
-@dataclass
-class TwinStateStore:
+class TwinStateStore(MemoryStateStore):
     """One process's StateStore on a world; `dead` = the process is gone, `down` = the server is.
 
     `fuse` = the process dies before it can give a lock back.
     """
 
-    world: StateWorld
-    boot: str = "boot-1"
-    lease_ms: int = 10_000
-    dead: bool = False
-    down: bool = False
-    fuse: bool = False
+    def __init__(self, world: StateWorld, boot: str = "boot-1", lease_ms: int = 10_000) -> None:
+        super().__init__(world, boot, StatePolicy(lease_ms), wire=self._check)
+        self.world = world
+        self.dead = self.down = self.fuse = False
 
     def kill(self) -> None:
         self.dead = True
-        self.world.beats.discard(self.boot)
+        self.world.silence(self.boot)
 
-    def _check(self) -> None:
+    async def _check(self) -> None:
         if self.dead:
             raise CrashError
         if self.down:
             raise StateStoreError
 
-    async def reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
-        self._check()
-        return [self._reserve(entry) for entry in entries]
-
-    def _reserve(self, entry: Entry) -> Reservation:
-        h = entry.header
-        cell = self.world.cells.get((h.scope, h.event))
-        if cell is None:
-            self.world.cells[h.scope, h.event] = Cell(0, h.digest, h.body_digest, entry.body)
-            return Reservation(Reserved.NEW, 0, entry.body)
-        if cell.body_digest != h.body_digest:
-            return Reservation(Reserved.CONFLICT, cell.version, None)
-        return Reservation(Reserved.REPEAT, cell.version, cell.stored if cell.version == 0 else None)
-
-    async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
-        self._check()
-        return [self._claim(request, token) for request in requests]
-
-    def _claim(self, request: ClaimRequest, token: str) -> Claim:
-        h, now = request.entry.header, self.world.now_ms
-        key = (h.scope, h.event)
-        cell = self.world.cells.get(key)
-        if cell is None and not request.install_absent:
-            return Claim(ClaimVerdict.ABSENT, token, -1)
-        if cell is None or cell.body_digest != h.body_digest or cell.version < h.n:
-            self.world.cells[key] = Cell(
-                h.n,
-                h.digest,
-                h.body_digest,
-                request.entry.body,
-                lock=token,
-                until=now + self.lease_ms,
-                holder=self.boot,
-                owes=True,
-            )
-            return Claim(ClaimVerdict.INSTALLED, token, h.n, request.entry.body, owes_trail=True)
-        if cell.version > h.n:
-            return Claim(ClaimVerdict.DONE, token, cell.version, cell.stored, cell.output)
-        if cell.lock and cell.lock != token and cell.until > now:
-            return Claim(ClaimVerdict.LOCKED, token, cell.version, lease_ms=cell.until - now, holder=cell.holder)
-        cell.lock, cell.until, cell.holder = token, now + self.lease_ms, self.boot
-        verdict = ClaimVerdict.GO if cell.digest == h.digest else ClaimVerdict.TWIN
-        stored = request.entry.body if verdict is ClaimVerdict.GO else cell.stored
-        return Claim(verdict, token, cell.version, stored, owes_trail=cell.owes)
-
-    async def advance(self, moves: Sequence[Advance]) -> Sequence[bool]:
-        self._check()
-        return [self._advance(move) for move in moves]
-
-    def _advance(self, m: Advance) -> bool:
-        cell = self.world.cells.get((m.scope, m.event_id))
-        if cell is None:
-            return False
-        if (cell.lock, cell.version, cell.digest) == (m.token, m.expected_version, m.expected_digest):
-            stored, output = (None, None) if m.tombstone else (m.stored, m.output)
-            self.world.cells[m.scope, m.event_id] = Cell(
-                m.version, m.digest, m.body_digest, stored, output, last=m.token
-            )
-            return True
-        return (cell.last, cell.version, cell.digest) == (m.token, m.version, m.digest)
-
     async def release(self, held: Sequence[Held]) -> None:
         if held and self.fuse:
             self.kill()
-        if held:
-            self._check()
-        for h in held:
-            cell = self.world.cells.get((h.scope, h.event_id))
-            if cell and cell.lock == h.token:
-                cell.lock, cell.until, cell.holder = None, 0, ""
-
-    async def peek(self, keys: Sequence[Key]) -> Sequence[Peek | None]:
-        self._check()
-        cells = [self.world.cells.get(key) for key in keys]
-        return [None if c is None else Peek(c.version, "", c.body_digest, c.stored, c.holder) for c in cells]
+        await super().release(held)
 
     async def beat(self) -> None:
-        self._check()
+        await self._check()
         self.world.beats.add(self.boot)
-
-    async def alive(self, boots: Sequence[str]) -> Sequence[bool]:
-        self._check()
-        return [boot in self.world.beats for boot in boots]
-
-    async def begin_alone(self, scope: TenantScope, event_id: str, stage: str) -> int:
-        self._check()
-        holder, count = self.world.alone.get((scope, event_id, stage), ("", 0))
-        count += bool(holder) and holder != self.boot and holder not in self.world.beats
-        self.world.alone[scope, event_id, stage] = (self.boot, count)
-        return count
-
-    async def end_alone(self, scope: TenantScope, event_id: str, stage: str) -> None:
-        self._check()
-        self.world.alone.pop((scope, event_id, stage), None)
 
 
 @dataclass

@@ -376,6 +376,7 @@ class StageRunner:
             stored=b"" if final else new.to_bytes(),
             output=orjson.dumps({"first": self._first_owed(item), "reply_to": item.entry.header.reply_to}),
             tombstone=final,
+            status=new.status,
         )
 
     def _first_owed(self, item: _Claimed) -> int:

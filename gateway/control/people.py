@@ -14,12 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from contracts.failures import (
-    InvalidTenantError,
-    LimitExceededError,
-    NotKnownError,
-)
-from contracts.identity import EVERYWHERE, Grant, Permission, Principal, Role
+from contracts.failures import LimitExceededError
+from contracts.identity import EVERYWHERE, Grant, Permission, Role
 from contracts.messages import JSON
 from contracts.telemetry import LOGINS, Measurement
 from contracts.tenancy import TenantScope
@@ -27,7 +23,6 @@ from gateway.calls import Answer, Call, Endpoint, Parameter
 from gateway.control.desk import Desk
 from gateway.control.parameters import AFTER, TENANT, command, one
 from gateway.web import json_answer
-from governance.postgres.commands import need
 from governance.postgres.people import User
 from governance.postgres.tenants import ApiKey, Changes, MadeKey, MadeTenant, Tenant
 
@@ -347,32 +342,32 @@ class _Tenants:
         return _answer(201, made, _SECRET)
 
     async def show(self, request: Request) -> Response:
-        _, scope = await _inside(self._desk, request, Permission.TENANT_READ)
+        _, scope = await self._desk.tenant(request, Permission.TENANT_READ)
         return _answer(200, await self._desk.people.tenants.show(scope))
 
     async def limit(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.TENANTS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.TENANTS_MANAGE)
         body = await _read(request, TenantChanges)
         tenant = await self._desk.people.tenants.limit(caller, scope, _changes(body), body.reason)
         self._desk.committed()
         return _answer(200, tenant)
 
     async def suspend(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.TENANTS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.TENANTS_MANAGE)
         body = await _read(request, Reasoned, empty=True)
         tenant = await self._desk.people.tenants.suspend(caller, scope, body.reason)
         self._desk.committed()
         return _answer(200, tenant)
 
     async def resume(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.TENANTS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.TENANTS_MANAGE)
         body = await _read(request, Reasoned, empty=True)
         tenant = await self._desk.people.tenants.resume(caller, scope, body.reason)
         self._desk.committed()
         return _answer(200, tenant)
 
     async def broker_password(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.TENANTS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.TENANTS_MANAGE)
         user, password = await self._desk.people.tenants.rotate_broker_password(caller, scope)
         self._desk.committed()
         return _answer(200, BrokerLogin(broker_user=user, broker_password=password), _SECRET)
@@ -425,11 +420,11 @@ class _Keys:
         self._desk = desk
 
     async def listed(self, request: Request) -> Response:
-        _, scope = await _inside(self._desk, request, Permission.KEYS_MANAGE)
+        _, scope = await self._desk.tenant(request, Permission.KEYS_MANAGE)
         return _answer(200, Keys(keys=tuple(await self._desk.people.tenants.keys(scope))))
 
     async def create(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.KEYS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.KEYS_MANAGE)
         body = await _read(request, NewKey, empty=True)
         made = await self._desk.people.tenants.create_key(
             caller, scope, role=body.role, label=body.label, expires_in_s=body.expires_in_s
@@ -438,7 +433,7 @@ class _Keys:
         return _answer(201, made, _SECRET)
 
     async def rotate(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.KEYS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.KEYS_MANAGE)
         body = await _read(request, Rotation, empty=True)
         key_id = request.path_params["key"]
         made = await self._desk.people.tenants.rotate_key(caller, scope, key_id, body.overlap_s)
@@ -446,7 +441,7 @@ class _Keys:
         return _answer(201, made, _SECRET)
 
     async def revoke(self, request: Request) -> Response:
-        caller, scope = await _inside(self._desk, request, Permission.KEYS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.KEYS_MANAGE)
         body = await _read(request, Reasoned, empty=True)
         await self._desk.people.tenants.revoke_key(caller, scope, request.path_params["key"], body.reason)
         self._desk.committed()
@@ -503,7 +498,8 @@ def _call(
     method, _, path = where.partition(" ")
     named = tuple(parameter for name, parameter in _PARAMETERS.items() if f"{{{name}}}" in path)
     lists = method == "GET" and path.rpartition("/")[2] in ("users", "tenants")
-    problems = {503} | ({401, 403} if permission is None else set())
+    known = permission is None and operation != "login"
+    problems = {503} | ({401} if permission is None else set()) | ({403} if known and method != "GET" else set())
     problems |= {400, 413, 415, 422} if body else set()
     problems |= {404, 409} if method != "GET" else {404} if named else set()
     problems |= {429} if permission is None and body else set()
@@ -519,20 +515,8 @@ def _call(
         body={JSON: body} if body else {},
         problems=tuple(sorted(problems)),
         tag="tenants" if "tenants" in path else "people",
+        known=known,
     )
-
-
-async def _inside(desk: Desk, request: Request, permission: Permission) -> tuple[Principal, TenantScope]:
-    """Who calls, in the tenant that the path names. Whether it exists is the command's own look, so that a tenant made
-    a moment ago is found.
-    """
-    caller = await desk.anybody(request)
-    try:
-        scope = TenantScope(request.path_params["tenant"])
-    except InvalidTenantError:
-        raise NotKnownError("no such tenant is known to you") from None
-    need(caller, permission, scope)
-    return caller, scope
 
 
 async def _read(request: Request, model: type[M], *, empty: bool = False) -> M:

@@ -52,8 +52,9 @@ _OPERATIONAL_CLASSES: Final = frozenset({"08", "28", "3D", "40", "53", "57", "58
 _OPERATIONAL_CODES: Final = frozenset({"25006", "25P03", "25P04", "55P03", "42P01", "0A000"})
 
 _NUL: Final = "\x00"
-_EARLIEST: Final = datetime.min.replace(tzinfo=UTC)
-_LATEST: Final = datetime.max.replace(tzinfo=UTC)
+# A day inside what Python can hold: the driver hands a row back in another offset on its way.
+_EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+_LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 class UnsafeDatabaseError(InfrastructureError):
@@ -232,9 +233,10 @@ def moment(value: str) -> datetime:
     """An RFC 3339 text as aware UTC, held inside years 1 to 9999. Raises ValueError for other text."""
     parsed = datetime.fromisoformat(value)
     try:
-        return parsed.astimezone(UTC)
+        utc = parsed.astimezone(UTC)
     except OverflowError:  # 0001-01-01T00:00:00+01:00 lies before year 1
         return _EARLIEST if parsed.year == 1 else _LATEST
+    return min(max(utc, _EARLIEST), _LATEST)
 
 
 def columns(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> dict[str, list[Any]]:

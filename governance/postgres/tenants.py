@@ -194,6 +194,11 @@ class Tenants:
             await self._p.note(connection, scope, "tenant.created", caller, {"tenant": str(scope)}, detail)
         return MadeTenant(tenant=await self.show(scope), key=key, broker_password=password)
 
+    async def exists(self, scope: TenantScope) -> bool:
+        """Whether there is such a tenant, suspended or not; looked up afresh."""
+        async with transaction(self._p.engine, [scope]) as connection:
+            return (await connection.execute(_SHOW, {"tenant": scope.tenant_id})).first() is not None
+
     async def show(self, scope: TenantScope) -> Tenant:
         """One tenant. Raises NotKnownError."""
         async with transaction(self._p.engine, [scope]) as connection:

@@ -1,15 +1,16 @@
 -- Advance entries: store the next version and release the lock, if the lock is still mine.
 -- KEYS: one state key per entry.
 -- ARGV: ttl_s, tombstone_ttl_s, then per entry: token, expected version, expected digest, version, digest,
--- body digest, stored, output, tombstone.
+-- body digest, stored, output, tombstone, status ('' unless the version is final).
 -- Answers per entry 1 or 0 (LOST). Absent state is LOST: never create. A repeat after a lost reply answers 1.
 local ttl, tombstone_ttl, answers = tonumber(ARGV[1]), tonumber(ARGV[2]), {}
 for i, key in ipairs(KEYS) do
-  local a = 2 + (i - 1) * 9
+  local a = 2 + (i - 1) * 10
   local token, digest = ARGV[a + 1], ARGV[a + 5]
   local f = redis.call('HMGET', key, 'l', 'v', 'd', 'k')
   if f[1] == token and f[2] == ARGV[a + 2] and f[3] == ARGV[a + 3] then
     redis.call('DEL', key)
+    if ARGV[a + 10] ~= '' then redis.call('HSET', key, 't', ARGV[a + 10]) end
     if ARGV[a + 9] == '1' then
       redis.call('HSET', key, 'v', ARGV[a + 4], 'd', digest, 'b', ARGV[a + 6], 'k', token)
       redis.call('EXPIRE', key, tombstone_ttl)

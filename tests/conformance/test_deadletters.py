@@ -44,12 +44,12 @@ async def test_concurrent_sinks_store_each_letter_once(database: Bench, scope: T
 
 async def test_a_letter_from_a_broken_message_is_kept(database: Bench, scope: TenantScope) -> None:
     odd = letter(scope, "e\0", stage="s\0", problem="", first_failed_at="?", last_failed_at="", attempts=0)
-    early = letter(scope, "early", first_failed_at="1900-01-01T00:00:00+14:00")
+    early = letter(scope, "early", first_failed_at="0001-01-01T00:00:00+14:00")
     await database.letters.park([odd, early])
     now = database.clock.now().isoformat()
     rows = {row[0]: row[1:] for row in await database.letters_of(scope)}
     assert rows[odd.letter_id] == ("e\N{REPLACEMENT CHARACTER}", "open", 0, now, b"b")
-    assert rows[early.letter_id] == ("early", "open", 3, "1899-12-31T10:00:00+00:00", b"b")
+    assert rows[early.letter_id] == ("early", "open", 3, "0001-01-02T00:00:00+00:00", b"b")
 
 
 async def test_tenants_and_the_system_do_not_see_each_other_s_letters(database: Bench, scope: TenantScope) -> None:

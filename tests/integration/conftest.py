@@ -11,13 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from contracts.tenancy import TenantScope
 from deploy import keys, local, provision
 from deploy.processes import identify
 from deploy.servers import NativeServers, ServerUrls
 from deploy.settings import Settings
-from tests.integration.fleet_fixture import FleetThread, RunningFleet, build_fleet, free_port, show
+from governance.passwords import SALT_BYTES, Passwords
+from governance.postgres import create_engine, transaction
+from tests.integration.fleet_fixture import FleetThread, Login, RunningFleet, build_fleet, free_port, show
+
+
+async def first_admin(settings: Settings) -> Login:
+    """An administrator whom nobody had before; other tests of the session may have made users already."""
+    login = Login(f"admin-{secrets.token_hex(4)}", secrets.token_urlsafe(18))
+    stored = await Passwords().hash(login.password, secrets.token_bytes(SALT_BYTES))
+    engine = create_engine(settings.need("database_url"), pool_size=1)
+    try:
+        async with transaction(engine, ()) as connection:
+            values = {"user": login.user, "hash": stored}
+            insert = "INSERT INTO users (user_id, name, password_hash) VALUES (:user, 'Fleet admin', :hash)"
+            await connection.execute(text(insert), values)
+            grant = "INSERT INTO memberships (user_id, tenant, role, granted_by) VALUES (:user, '*', 'ADMIN', 'tests')"
+            await connection.execute(text(grant), {"user": login.user})
+    finally:
+        await engine.dispose()
+    return login
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +46,9 @@ def fleet(
 ) -> Iterator[RunningFleet]:
     """One fleet, with two tenants whose names nobody had before."""
     directory = Path(tempfile.mkdtemp(prefix="riskfleet-fleet-"))
-    settings = local.with_servers(Settings(environment="test", http_port=free_port(), data_dir=directory), servers)
+    settings = local.with_servers(
+        Settings(environment="test", http_port=free_port(), control_port=free_port(), data_dir=directory), servers
+    )
 
     async def prepare() -> dict[str, Any]:
         await provision.migrate(settings)
@@ -39,8 +61,9 @@ def fleet(
         }
 
     upstreams, said = asyncio.run(prepare()), list[str]()
+    admin = asyncio.run(first_admin(settings))
     thread = FleetThread(lambda: build_fleet(settings, native_servers, said))
-    running = RunningFleet(settings, thread, native_servers, upstreams, said)
+    running = RunningFleet(settings, thread, native_servers, upstreams, admin, said)
     thread.start()
     try:
         asyncio.run(running.wait_ready())

@@ -116,6 +116,14 @@ class FleetThread:
                 future.set_exception(error)
 
 
+@dataclass(frozen=True)
+class Login:
+    """A user and the password."""
+
+    user: str
+    password: str
+
+
 @dataclass
 class RunningFleet:
     """The fleet that the tests of a module share."""
@@ -124,6 +132,7 @@ class RunningFleet:
     thread: FleetThread
     native: NativeServers | None
     upstreams: dict[str, DemoCredentials]
+    admin: Login
     said: list[str] = field(default_factory=list)
 
     @property

@@ -46,6 +46,7 @@ class Permission(StrEnum):
     DEADLETTERS_READ = "deadletters:read"
     AUDIT_READ = "audit:read"
     TENANTS_MANAGE = "tenants:manage"
+    USERS_CREATE = "users:create"
     USERS_MANAGE = "users:manage"
     KEYS_MANAGE = "keys:manage"
 
@@ -67,6 +68,7 @@ PERMISSIONS: Final[Mapping[Role, frozenset[Permission]]] = {
     Role.ADMIN: _READS
     | {
         Permission.TENANTS_MANAGE,
+        Permission.USERS_CREATE,
         Permission.USERS_MANAGE,
         Permission.KEYS_MANAGE,
         Permission.HALT,
@@ -102,6 +104,9 @@ PERMISSIONS: Final[Mapping[Role, frozenset[Permission]]] = {
 }
 """The one permission table."""
 
+EVERYWHERE_ONLY: Final = frozenset({Permission.TENANTS_MANAGE, Permission.USERS_CREATE})
+"""What only a grant for the whole installation gives: a tenant's own administrator makes neither tenants nor users."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grant:
@@ -126,15 +131,19 @@ class Principal:
 
     def may(self, permission: Permission, scope: TenantScope | None) -> bool:
         """Whether a grant in this tenant, or one for everywhere, holds the permission; None: everywhere only."""
-        places = {EVERYWHERE} if scope is None else {EVERYWHERE, scope.tenant_id}
         if self.scope is not None and scope != self.scope:
             return False
-        return any(grant.tenant in places and permission in PERMISSIONS[grant.role] for grant in self.grants)
+        here = scope is not None and scope.tenant_id in self._held(permission)
+        return here or EVERYWHERE in self._held(permission)
 
     def tenants(self, permission: Permission) -> frozenset[str]:
         """The tenants in which the permission holds ("*" for all), narrowed to the credential's own tenant."""
-        held = frozenset(grant.tenant for grant in self.grants if permission in PERMISSIONS[grant.role])
+        held = self._held(permission)
         if self.scope is None:
             return held
         own = self.scope.tenant_id
         return frozenset({own}) if held & {own, EVERYWHERE} else frozenset()
+
+    def _held(self, permission: Permission) -> frozenset[str]:
+        held = frozenset(grant.tenant for grant in self.grants if permission in PERMISSIONS[grant.role])
+        return held & {EVERYWHERE} if permission in EVERYWHERE_ONLY else held

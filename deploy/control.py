@@ -74,7 +74,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         committed=relay.wake,
     )
     door = health_door(k, CollectorRegistry(), lambda: None)
-    app = create_control(desk, door, k.ids, version=settings.version)
+    app = create_control(desk, door, k.ids)
     stop, last = stop_signal(), asyncio.Event()
     relaying = asyncio.create_task(relay.run(last), name="relay")
     try:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Final
 
 from gateway.asyncapi import asyncapi
+from gateway.control.app import openapi_document as operator_document
 from gateway.documents import API_VERSION, document_bytes, problems_markdown
 from gateway.http import openapi_document
 
 DOCUMENTS: Final[Mapping[str, Callable[[], bytes]]] = {
     "docs/openapi.json": openapi_document,
+    "docs/openapi-ops.json": operator_document,
     "docs/asyncapi.json": lambda: document_bytes(asyncapi(API_VERSION)),
     "docs/problems.md": problems_markdown,
 }

@@ -60,7 +60,8 @@ def with_servers(settings: Settings, urls: ServerUrls) -> Settings:
 
 def roles(health_base: int) -> list[RoleSpec]:
     """Every role of a local fleet in stop order; each has a health port from `health_base` on (the two
-    HTTP doors answer health on their own)."""
+    HTTP doors answer health on their own).
+    """
     named = [
         ("gateway", ("gateway",)),
         ("ingress", ("ingress",)),

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from contracts.identity import Permission
+from contracts.identity import EVERYWHERE_ONLY, Permission
 from contracts.messages import JSON, PROBLEM_JSON
 
 Schema = type[BaseModel] | Mapping[str, Any]
@@ -111,7 +111,8 @@ def _dispatch(by_method: Mapping[str, Call]) -> Endpoint:
 def openapi(title: str, version: str, about: str, calls: Sequence[Call]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of some calls; the same calls give the same bytes.
 
-    `x-permission` names what a call needs; `contracts.identity.PERMISSIONS` says which roles have it.
+    `x-permission` names what a call needs, `x-everywhere` that only a grant for the whole installation gives it;
+    `contracts.identity.PERMISSIONS` says which roles have it.
     """
     models = sorted({model for call in calls for model in _models(call)}, key=lambda model: model.__name__)
     _, definitions = models_json_schema(
@@ -189,6 +190,8 @@ def _operation(call: Call) -> dict[str, Any]:
         document["security"] = [{"bearer": []}]
     if call.permission is not None:
         document["x-permission"] = str(call.permission)
+        if call.permission in EVERYWHERE_ONLY:
+            document["x-everywhere"] = True
     if call.parameters:
         document["parameters"] = [
             {

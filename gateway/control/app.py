@@ -7,27 +7,27 @@ metrics. Nothing is connected or started by building it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
 from contracts.failures import RiskfleetError, classify
+from contracts.messages import JSON
 from contracts.ports import Ids, Telemetry
 from contracts.telemetry import OPERATOR_CALLS, Measurement
 from gateway.calls import Call, Endpoint, openapi, routes
 from gateway.control import approvals, looking, people, registry
 from gateway.control.desk import Desk
+from gateway.documents import API_VERSION, document_bytes
 from gateway.health import HealthDoor, health_routes
-from gateway.web import application, json_answer
+from gateway.web import Application, application
 
 TITLE: Final = "riskfleet operator API"
 ABOUT: Final = (
-    "Registry, approvals, people, tenants and what operators look at. Every command needs a reason, acts in the name "
-    "of a person, and is audited in its own transaction. A tenant that is not yours looks like one that does not exist."
+    "Registry, approvals, people, tenants and what operators look at. Every command acts in the name of a person and is "
+    "audited in its own transaction. A tenant that is not yours looks like one that does not exist."
 )
 
 
@@ -36,18 +36,20 @@ def operator_calls(desk: Desk) -> list[Call]:
     return [*registry.calls(desk), *approvals.calls(desk), *looking.calls(desk), *people.calls(desk)]
 
 
-def document(calls: Sequence[Call], version: str) -> dict[str, object]:
-    """The OpenAPI 3.1 document of the operator API."""
-    return openapi(TITLE, version, ABOUT, calls)
+def openapi_document() -> bytes:
+    """The OpenAPI 3.1 document of the operator API; it depends on no adapter."""
+    absent: Any = None
+    desk = Desk(absent, absent, absent, absent, absent, absent, absent, absent, absent)
+    return document_bytes(openapi(TITLE, API_VERSION, ABOUT, operator_calls(desk)))
 
 
-def create_control(desk: Desk, health: HealthDoor, ids: Ids, *, version: str) -> Starlette:
+def create_control(desk: Desk, health: HealthDoor, ids: Ids) -> Application:
     """The application over all calls."""
     calls = operator_calls(desk)
-    described = document(calls, version)
+    described = openapi_document()
 
     async def openapi_json(_: Request) -> Response:
-        return json_answer(200, described)
+        return Response(described, media_type=JSON)
 
     described_call = Call(
         "GET", "/ops/v1/openapi.json", "getOpenapi", "This document", openapi_json, None, {}, tag="documents"

@@ -234,7 +234,7 @@ class _Users:
         return _answer(200, Users(users=tuple(found), next=found[-1].user if len(found) == _PAGE else None))
 
     async def create(self, request: Request) -> Response:
-        caller = await self._desk.anybody(request, Permission.USERS_MANAGE)
+        caller = await self._desk.anybody(request, Permission.USERS_CREATE)
         body = await _read(request, NewUser)
         oidc = None if body.oidc is None else (body.oidc.issuer, body.oidc.subject)
         made = await self._desk.people.create(caller, body.user, body.name, password=body.password, oidc=oidc)
@@ -242,14 +242,14 @@ class _Users:
         return _answer(201, made)
 
     async def disable(self, request: Request) -> Response:
-        caller = await self._desk.anybody(request, Permission.USERS_MANAGE)
+        caller = await self._desk.anybody(request, Permission.USERS_CREATE)
         body = await _read(request, Reasoned, empty=True)
         user = await self._desk.people.disable(caller, request.path_params["user"], body.reason)
         self._desk.committed()
         return _answer(200, user)
 
     async def enable(self, request: Request) -> Response:
-        caller = await self._desk.anybody(request, Permission.USERS_MANAGE)
+        caller = await self._desk.anybody(request, Permission.USERS_CREATE)
         body = await _read(request, Reasoned, empty=True)
         user = await self._desk.people.enable(caller, request.path_params["user"], body.reason)
         self._desk.committed()
@@ -280,7 +280,8 @@ class _Users:
 
 
 def _user_calls(users: _Users) -> list[Call]:
-    manage, user, path = Permission.USERS_MANAGE, Answer("The user", User), "/ops/v1/users/{user}"
+    manage, make, user = Permission.USERS_MANAGE, Permission.USERS_CREATE, Answer("The user", User)
+    path = "/ops/v1/users/{user}"
     page = Answer("A page of users", Users)
     given = {201: Answer("The user has the role now"), 204: Answer("The user had it already")}
     taken = {204: Answer("The user has the role no more, within 5 s everywhere")}
@@ -292,19 +293,19 @@ def _user_calls(users: _Users) -> list[Call]:
             "createUser",
             "Make a user; for administrators of the installation",
             users.create,
-            manage,
+            make,
             {201: user},
             NewUser,
         ),
         _call(
-            f"POST {path}/disable", "disableUser", "Let a user in no more", users.disable, manage, {200: user}, Reasoned
+            f"POST {path}/disable", "disableUser", "Let a user in no more", users.disable, make, {200: user}, Reasoned
         ),
         _call(
             f"POST {path}/enable",
             "enableUser",
             "Let a disabled or locked user in again",
             users.enable,
-            manage,
+            make,
             {200: user},
             Reasoned,
         ),
@@ -367,7 +368,7 @@ class _Tenants:
         return _answer(200, tenant)
 
     async def broker_password(self, request: Request) -> Response:
-        caller, scope = await self._desk.tenant(request, Permission.TENANTS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.KEYS_MANAGE)
         user, password = await self._desk.people.tenants.rotate_broker_password(caller, scope)
         self._desk.committed()
         return _answer(200, BrokerLogin(broker_user=user, broker_password=password), _SECRET)
@@ -406,7 +407,7 @@ def _tenant_calls(tenants: _Tenants) -> list[Call]:
             "setBrokerPassword",
             "Give the tenant's broker user another password",
             tenants.broker_password,
-            manage,
+            Permission.KEYS_MANAGE,
             {200: Answer("The user and its password, shown this once", BrokerLogin)},
         ),
     ]

@@ -21,6 +21,7 @@ class Operation:
     path: str
     name: str
     permission: Permission | None
+    everywhere: bool
     open: bool
     body: str | None
 
@@ -41,6 +42,7 @@ def operations(document: Mapping[str, Any]) -> list[Operation]:
             path,
             call["operationId"],
             Permission(call["x-permission"]) if "x-permission" in call else None,
+            call.get("x-everywhere", False),
             "security" not in call,
             next(iter(call.get("requestBody", {}).get("content", {})), None),
         )
@@ -89,6 +91,7 @@ def declared(operation: Operation, caller: Caller, place: str | None, *, shared:
     if who is None:
         return "401"
     held = {grant.tenant for grant in who.grants if operation.permission in PERMISSIONS[grant.role]}
+    held &= {EVERYWHERE} if operation.everywhere else held
     everywhere = EVERYWHERE in held and who.scope is None
     if operation.permission is None:
         return "allowed"

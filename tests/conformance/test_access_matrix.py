@@ -14,7 +14,8 @@ import pytest
 from contracts.failures import ConflictError
 from contracts.identity import Principal
 from contracts.tenancy import TenantScope
-from gateway.control.app import create_control, document, operator_calls
+from gateway.control.app import create_control
+from gateway.control.app import openapi_document as operator_document
 from gateway.control.desk import Desk
 from gateway.http import create_app, openapi_document
 from tests.conformance.access_matrix import (
@@ -118,8 +119,8 @@ def control() -> tuple[Surface, Behind, Tenants]:
         clock=SteppingClock(),
         committed=lambda: None,
     )
-    app = create_control(desk, health_door(), CountingIds(), version="1")
-    return Surface(app, document(operator_calls(desk), "1")), behind, tenants
+    app = create_control(desk, health_door(), CountingIds())
+    return Surface(app, json.loads(operator_document())), behind, tenants
 
 
 def seen(response: httpx.Response) -> str:
@@ -156,9 +157,8 @@ async def test_the_operator_api_answers_every_caller_as_declared(operator: tuple
             wrong.append(f"{operation.method} {operation.path} by {caller.name} in {place}: {found}, declared {want}")
         elif found != "allowed" and not operation.open:
             assert behind.asked == before, f"{operation.name} asked before it refused"
-    show(
-        f"operator API: {len(operations(surface.document))} calls, {sum(counts.values())} cells as declared: {dict(counts)}"
-    )
+    number = len(operations(surface.document))
+    show(f"operator API: {number} calls, {sum(counts.values())} cells as declared: {dict(counts)}")
     show(table(surface.document))
     assert wrong == []
 
@@ -227,7 +227,7 @@ async def test_the_ingest_gateway_answers_every_caller_as_declared() -> None:
 
 
 def test_the_matrix_can_fail() -> None:
-    operation = Operation("GET", "/ops/v1/tenants/{tenant}/x", "x", None, False, None)
+    operation = Operation("GET", "/ops/v1/tenants/{tenant}/x", "x", None, False, False, None)
     nobody, no_grant = callers()[:2]
     assert declared(operation, nobody, OWN.tenant_id, shared=False) == "401"
     surface, _, _ = control()

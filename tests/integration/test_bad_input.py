@@ -163,7 +163,8 @@ class Neighbour:
                       USING (tenant, event_id) WHERE d.revision = 1 AND event_id = ANY(:ids)"""
             return [float(row[0]) for row in await self._fleet.rows(scope, sql, ids=ids)]
 
-        return sorted(await eventually("neighbours decided", look, lambda found: len(found) == len(ids), 60))
+        found = await eventually("neighbours decided", look, lambda found: len(found) == len(ids), 60)
+        return sorted(found)
 
 
 def poison(scope: TenantScope, chance: random.Random, stage: str) -> bytes:

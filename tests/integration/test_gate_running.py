@@ -107,7 +107,8 @@ async def approved(
     said = {"digest": version["digest"], "reason": "as tested"}
     await people["ana"].call("POST", f"{at}/submit", said)
     await people["ana"].call("POST", f"{at}/approve", said, want=403)  # an author has no permission to approve at all
-    return await people["ben"].call("POST", f"{at}/approve", said)
+    done: dict[str, Any] = await people["ben"].call("POST", f"{at}/approve", said)
+    return done
 
 
 async def activate(fleet: RunningFleet, people: dict[str, Operator], versions: list[dict[str, Any]]) -> None:

@@ -526,7 +526,7 @@ async def office(gate: RegistryGate, scope: TenantScope) -> AsyncIterator[Office
     nothing: Any = None
     desk = Desk(
         credentials=directory,
-        directory=directory,
+        exists=directory.serves,
         gate=gate,
         people=nothing,
         approvals=nothing,

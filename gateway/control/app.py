@@ -26,8 +26,8 @@ from gateway.web import Application, application
 
 TITLE: Final = "riskfleet operator API"
 ABOUT: Final = (
-    "Registry, approvals, people, tenants and what operators look at. Every command acts in the name of a person and is "
-    "audited in its own transaction. A tenant that is not yours looks like one that does not exist."
+    "Registry, approvals, people, tenants and what operators look at. Every command acts in the name of a person and "
+    "is audited in its own transaction. A tenant that is not yours looks like one that does not exist."
 )
 
 

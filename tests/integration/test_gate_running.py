@@ -15,10 +15,16 @@ from typing import Any
 
 import httpx
 import orjson
+import pika
 import pytest
 
 from contracts.events import event_id_of
+from contracts.identity import Grant, Principal, Role
 from deploy import stream
+from deploy.runtime import SystemClock
+from governance.postgres import create_engine
+from governance.postgres.approvals import Approvals
+from tests.fakes import RecordingTelemetry
 from tests.integration.bad_inputs import good_event
 from tests.integration.fleet_fixture import RunningFleet, eventually, show, some_events
 
@@ -26,6 +32,7 @@ pytestmark = pytest.mark.integration
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "governance" / "defaults"
 SEEN_WITHIN_S = 2.0
+QUEUE = "up.{}.gate"
 
 
 class Operator:
@@ -56,13 +63,14 @@ async def people(fleet: RunningFleet) -> AsyncIterator[dict[str, Operator]]:
     """An administrator, and for tenant acme an author, an approver and a second one."""
     tag, scope = f"{time.time_ns():x}"[-8:], fleet.scope("acme")
     made: dict[str, Operator] = {}
+    await ready(fleet)
     admin = fleet.admin
     made["admin"] = await login(fleet, admin.user, admin.password)
     for name, role in (("ana", "ANALYST"), ("ben", "APPROVER"), ("bea", "APPROVER")):
         user, password = f"{name}-{tag}", f"a long password of {name} {tag}"
-        grants = [{"tenant": scope.tenant_id, "role": role}]
-        body = {"user_id": user, "name": name, "password": password, "grants": grants}
-        await made["admin"].call("POST", "/ops/v1/users", body)
+        await made["admin"].call("POST", "/ops/v1/users", {"user": user, "name": name, "password": password})
+        grant = {"tenant": scope.tenant_id, "role": role, "reason": "a test of the gate"}
+        await made["admin"].call("PUT", f"/ops/v1/users/{user}/grants", grant)
         made[name] = await login(fleet, user, password)
     yield made
     for person in made.values():
@@ -98,7 +106,7 @@ async def approved(
         "reason": "a test of the gate",
         "owner": "risk team",
         "purpose": "tests",
-        "use": "fraud",
+        "use_tag": "fraud",
         "limitations": "none known",
         "evidence": {"auc": "0.8"},
     }
@@ -199,36 +207,23 @@ async def pinned_after(fleet: RunningFleet, name: str, version: int) -> float:
     return round(seconds, 2)
 
 
-async def test_what_was_committed_is_published_although_control_is_killed(
-    fleet: RunningFleet, people: dict[str, Operator]
-) -> None:
-    """SIGKILL at once after each answer: the decision and the record of each command arrive all the same."""
-    made, scope = fleet.upstreams["acme"], fleet.scope("acme")
-    path = f"/ops/v1/tenants/{scope.tenant_id}/approvals"
-    tag = f"{time.time_ns():x}"[-8:]
-    chance_amount = {"value": "900000", "currency": "EUR"}  # above the guardrail's limit: a person decides
-    events = [good_event(random.Random(i)) | {"id": f"kill-{tag}-{i}", "amount": chance_amount} for i in range(4)]
-    await stream.submit_http(fleet.url, made.api_key, events, lambda: None)
+async def outbox_rows(fleet: RunningFleet) -> int:
+    return int((await fleet.rows(fleet.scope("acme"), "SELECT count(*) FROM outbox"))[0][0])
+
+
+async def await_person(fleet: RunningFleet, prefix: str, count: int) -> list[str]:
+    """Ids of so many decided events that wait for a person: their amount is above the guardrail's limit."""
+    amount = {"value": "900000", "currency": "EUR"}
+    events = [good_event(random.Random(i)) | {"id": f"{prefix}-{i}", "amount": amount} for i in range(count)]
+    await stream.submit_http(fleet.url, fleet.upstreams["acme"].api_key, events, lambda: None)
     await fleet.wait_decided("acme", events)
-    for event in events:
-        event_id = event_id_of(scope, event["id"])
-        view = await people["ben"].call("GET", f"{path}/{event_id}")
-        if view["approval"]["approvers_needed"] == 2:
-            await people["bea"].call("POST", f"{path}/{event_id}/approve", {"revision": 1, "reason": "seen"})
-        await people["ben"].call("POST", f"{path}/{event_id}/approve", {"revision": 1, "reason": "known customer"})
-        killed = fleet.kill_role("control")
-        await fleet.wait_restarted("control", killed)
-        await ready(fleet)
-    ids = [event_id_of(scope, event["id"]) for event in events]
+    return [event_id_of(fleet.scope("acme"), event["id"]) for event in events]
 
-    async def outbox() -> int:
-        return int((await fleet.rows(scope, "SELECT count(*) FROM outbox"))[0][0])
 
-    await eventually("the outbox is empty", outbox, lambda left: left == 0, 30)
-    rows = await fleet.rows(
-        scope, "SELECT event_id, decision FROM decisions WHERE revision = 2 AND event_id = ANY(:ids)", ids=ids
-    )
-    assert {row[0] for row in rows} == set(ids)
+async def published_and_audited(fleet: RunningFleet, ids: list[str]) -> None:
+    """The outbox is empty, revision 2 of each event came to the tenant's own queue, and its record is in the chain."""
+    scope = fleet.scope("acme")
+    await eventually("the outbox is empty", lambda: outbox_rows(fleet), lambda left: left == 0, 40)
 
     async def recorded() -> set[str]:
         found = await fleet.rows(
@@ -240,8 +235,64 @@ async def test_what_was_committed_is_published_although_control_is_killed(
         return {row[0] for row in found}
 
     await eventually("each approval in the audit", recorded, lambda found: found == set(ids), 30)
-    report = await fleet.verified(scope)
-    assert report.missing == 0
+    with pika.BlockingConnection(pika.URLParameters(fleet.amqp_url("acme"))) as connection:
+        channel = connection.channel()
+        seen = set()
+        for method, properties, _ in channel.consume(QUEUE.format(scope), inactivity_timeout=2):
+            if method is None:
+                break
+            channel.basic_ack(method.delivery_tag)
+            seen.add((properties.headers["event_id"], properties.headers["revision"]))
+    assert {(event_id, 2) for event_id in ids} <= seen
+
+
+def listen(fleet: RunningFleet) -> None:
+    """The tenant's own queue of decisions, before anything is decided."""
+    scope = fleet.scope("acme")
+    with pika.BlockingConnection(pika.URLParameters(fleet.amqp_url("acme"))) as connection:
+        channel = connection.channel()
+        channel.queue_declare(QUEUE.format(scope), durable=True)
+        channel.queue_bind(QUEUE.format(scope), "risk.decisions", f"{scope}.#")
+
+
+async def test_what_was_committed_is_published_although_control_is_killed(
+    fleet: RunningFleet, people: dict[str, Operator]
+) -> None:
+    """SIGKILL at once after each answer: the decision and the record of each command arrive all the same."""
+    listen(fleet)
+    ids = await await_person(fleet, f"kill-{time.time_ns():x}", 3)
+    path, left = f"/ops/v1/tenants/{fleet.scope('acme').tenant_id}/approvals", []
+    for event_id in ids:
+        await people["ben"].call("POST", f"{path}/{event_id}/approve", {"revision": 1, "reason": "known customer"})
+        killed = fleet.kill_role("control")
+        left.append(await outbox_rows(fleet))
+        await fleet.wait_restarted("control", killed)
+        await ready(fleet)
+    show(f"killed after the answer: rows left in the outbox {left}")
+    await published_and_audited(fleet, ids)
+    assert (await fleet.verified(fleet.scope("acme"))).missing == 0
+
+
+async def test_a_commit_whose_process_died_before_it_published_is_delivered_by_the_next(
+    fleet: RunningFleet, people: dict[str, Operator]
+) -> None:
+    """Exactly between commit and publish: a process commits and never publishes, and control is gone."""
+    listen(fleet)
+    ids = await await_person(fleet, f"between-{time.time_ns():x}", 3)
+    killed = fleet.kill_role("control")
+    engine = create_engine(fleet.settings.need("database_url"), pool_size=1)
+    try:
+        approvals = Approvals(engine, SystemClock(), fleet.settings.partitions, RecordingTelemetry())
+        person = Principal("user:dead", "dead", frozenset({Grant(fleet.scope("acme").tenant_id, Role.APPROVER)}))
+        for event_id in ids:
+            await approvals.approve(person, fleet.scope("acme"), event_id, revision=1, reason="before it died")
+    finally:
+        await engine.dispose()
+    left = await outbox_rows(fleet)
+    show(f"committed and not published: {left} rows")
+    assert left == 2 * len(ids)  # the decision and the record of each
+    await fleet.wait_restarted("control", killed)
+    await published_and_audited(fleet, ids)
 
 
 async def ready(fleet: RunningFleet) -> None:
@@ -268,10 +319,8 @@ async def test_every_row_that_a_command_wrote_stands_in_the_audit(
     halts = f"/ops/v1/tenants/{scope.tenant_id}/halts/audited-{tag}"
     await people["ben"].call("PUT", halts, {"reason": "drill"})
     await people["ben"].call("DELETE", halts, {"reason": "drill over"})
-    key = await people["admin"].call(
-        "POST", f"/ops/v1/tenants/{scope.tenant_id}/keys", {"label": f"audited-{tag}", "reason": "test"}
-    )
-    name = key.get("key_id") or key["key"]["key_id"]
+    key = await people["admin"].call("POST", f"/ops/v1/tenants/{scope.tenant_id}/keys", {"label": f"audited-{tag}"})
+    name = key["key_id"]
     await people["admin"].call("DELETE", f"/ops/v1/tenants/{scope.tenant_id}/keys/{name}", {"reason": "over"})
 
     async def actions() -> Counter[str]:

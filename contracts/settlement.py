@@ -18,6 +18,7 @@ from contracts.events import canonical_json
 from contracts.failures import Category, InvalidTenantError, UndecodableEntryError
 from contracts.ports import DeadLetter
 from contracts.tenancy import TenantScope
+from contracts.topology import INGEST
 
 FAILURE_HEADER = "x-riskfleet-failure"
 
@@ -47,9 +48,11 @@ def failure_headers(letter: DeadLetter) -> dict[str, Any]:
 def letter_from(headers: Mapping[str, Any], body: bytes) -> DeadLetter:
     """The letter that a parked message carries; the inverse of `failure_headers`.
 
-    Raises UndecodableEntryError when the header is absent or broken: the broker moved the message by
+    Raises UndecodableEntryError when the header is absent, broken or a sender's own: the broker moved the message by
     itself (delivery limit), and `undelivered_letters` reads it.
     """
+    if _from_sender(headers):
+        raise UndecodableEntryError("the headers of a submission say nothing about its failure")
     raw = headers.get(FAILURE_HEADER)
     if not isinstance(raw, str | bytes | bytearray):
         raise UndecodableEntryError(f"a parked message has no {FAILURE_HEADER} header")
@@ -64,9 +67,12 @@ def letter_from(headers: Mapping[str, Any], body: bytes) -> DeadLetter:
 def undelivered_letters(headers: Mapping[str, Any], body: bytes, at: str) -> tuple[DeadLetter, ...]:
     """The letters of a message that the broker parked by itself because it was delivered too often.
 
-    One letter per entry; what cannot be decoded is one letter without a tenant. `at` is the time
-    (RFC 3339) at which the sink met it. Ids are hashes of the bytes, so a repeat is the same letter.
+    One letter per entry; what cannot be decoded is one letter without a tenant, and so is a submission, whose body
+    its sender wrote. `at` is the time (RFC 3339) at which the sink met it. Ids are hashes of the bytes, so a repeat is
+    the same letter.
     """
+    if _from_sender(headers):
+        return (_undelivered(None, "ingress", body, at),)
     queue = headers.get("x-first-death-queue")
     stage = queue.split(".")[2] if isinstance(queue, str) and queue.count(".") >= 2 else "unknown"
     try:
@@ -76,6 +82,12 @@ def undelivered_letters(headers: Mapping[str, Any], body: bytes, at: str) -> tup
     bad = any(isinstance(entry, UndecodableEntryError) for entry in entries)
     whole = (_undelivered(None, stage, body, at),) if bad else ()
     return (*whole, *(_undelivered(entry, stage, body, at) for entry in entries if isinstance(entry, Entry)))
+
+
+def _from_sender(headers: Mapping[str, Any]) -> bool:
+    """Whether the broker parked it from an ingest queue: all of it but the broker's own headers is a sender's."""
+    queue = headers.get("x-first-death-queue")
+    return isinstance(queue, str) and queue.startswith(f"{INGEST}.")
 
 
 def _undelivered(entry: Entry | None, stage: str, body: bytes, at: str) -> DeadLetter:

@@ -77,6 +77,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
     app = create_control(desk, door, k.ids)
     stop, last = stop_signal(), asyncio.Event()
     relaying = asyncio.create_task(relay.run(last), name="relay")
+    relaying.add_done_callback(lambda _: stop.set())  # without it, commands would commit and say nothing to anybody
     try:
         async with background(k, stop, approvals.run_expiry(stop, committed=relay.wake)):
             await serve(app, settings.control_host, settings.control_port, stop=stop)
@@ -85,4 +86,6 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         relay.wake()
         await asyncio.wait({relaying}, timeout=_LAST_WORD_S)
         relaying.cancel()
-        await asyncio.gather(relaying, return_exceptions=True)
+        (ended,) = await asyncio.gather(relaying, return_exceptions=True)
+    if isinstance(ended, Exception):
+        raise ended

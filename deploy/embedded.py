@@ -228,6 +228,6 @@ def _sink_handlers(
         ([audit_queue(p) for p in range(partitions)], AuditSink(audit, publisher, telemetry, clock).handle),
         ([parked_queue(source) for source in PARKED_SOURCES], ParkingSink(MemoryDeadLetters(database), clock).handle),
         ([LABELS_QUEUE], LabelsSink(book, publisher, telemetry, clock).handle),
-        ([DELIVERY_QUEUE], DeliverySink(publisher, telemetry).handle),
+        ([DELIVERY_QUEUE], DeliverySink(MemoryLedger(database), publisher, telemetry).handle),
         ([METRICS_QUEUE], MetricsSink(measured).handle),
     ]

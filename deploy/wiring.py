@@ -186,7 +186,7 @@ async def run_sink(settings: Settings, sink: str) -> None:
             parts = [
                 ([parked_queue(source) for source in PARKED_SOURCES], letters.handle),
                 ([LABELS_QUEUE], labels.handle),
-                ([DELIVERY_QUEUE], DeliverySink(k.publisher, k.telemetry).handle),
+                ([DELIVERY_QUEUE], DeliverySink(PostgresLedger(k.engine), k.publisher, k.telemetry).handle),
             ]
         else:
             from workers.sinks.metrics import MetricsSink

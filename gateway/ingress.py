@@ -30,11 +30,12 @@ from contracts.failures import (
     fingerprint,
     problem_document,
 )
-from contracts.messages import arrived, decision_message, parked_message, rejection_message
-from contracts.ports import Clock, DeadLetter, Delivery, Directory, Ids, Message, Publisher
+from contracts.messages import arrived, decision_message, delivery_message, parked_message, rejection_message
+from contracts.ports import Clock, Confirm, DeadLetter, Delivery, Directory, Ids, Message, Publisher
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.telemetry import bind_correlation, current_correlation
 from contracts.tenancy import TenantScope
+from contracts.topology import DECISIONS, REJECTED
 from gateway.batch import split_json_array
 from gateway.cloudevents import BATCH, STRUCTURED, amqp_attributes
 from gateway.intake import Admission, Intake, Refusal, Submission, correlation_of, rfc3339
@@ -47,6 +48,7 @@ log = structlog.get_logger(__name__)
 TRIES = 3
 MAX_DELIVERIES = 20  # the same last net as the stage queues have by policy
 LABEL: Final = "label"
+_DELIVERY_WAIT_MS: Final = 1_000
 
 Verdict = Admission | LabelAdmission | Refusal
 
@@ -202,12 +204,17 @@ class Ingress:
         return Ack()
 
     async def _publish(self, *messages: Message) -> None:
-        """Raises MessagingFailureError unless all are confirmed; unroutable is success where nobody has to listen."""
+        """Raises MessagingFailureError unless all are confirmed; unroutable is success where nobody has to listen.
+
+        What a tenant's queue refuses goes round the delivery ladder: it must not pause the door for all others.
+        """
         if not messages:
             return
-        confirms = await self._publisher.publish(messages)
-        if not all(arrived(message, confirm) for message, confirm in zip(messages, confirms, strict=True)):
+        answers = list(zip(messages, await self._publisher.publish(messages), strict=True))
+        refused = [m for m, confirm in answers if confirm is Confirm.REFUSED and m.exchange in (DECISIONS, REJECTED)]
+        if not all(arrived(message, confirm) or message in refused for message, confirm in answers):
             raise MessagingFailureError
+        await self._publish(*(delivery_message(message, 1, _DELIVERY_WAIT_MS) for message in refused))
 
 
 def check_envelope(delivery: Delivery, scope: TenantScope) -> Kind | Literal["label"]:

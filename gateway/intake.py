@@ -278,16 +278,20 @@ class Intake:
         )
         entry = entry_of(state, Stage.RETRIEVAL, submission.reply_to)
         reservation = await self._reservations.one(entry)
-        if reservation.verdict is Reserved.CONFLICT:
-            raise IdempotencyConflictError
         admission = Admission(
             event_id,
             identity,
             event.kind,
             Status.RECEIVED,
             state.correlation_id,
-            reservation.verdict is Reserved.REPEAT,
+            reservation.verdict is not Reserved.NEW,
         )
+        if reservation.verdict is Reserved.CONFLICT:
+            # After Redis forgot, another body may have reserved what this one was decided under.
+            repeat = await self._repeat(submission.scope, state.body_digest, admission)
+            if repeat.decision is None:
+                raise IdempotencyConflictError
+            return repeat
         if reservation.verdict is Reserved.REPEAT and (reservation.version > 0 or reservation.stored is None):
             return await self._repeat(submission.scope, state.body_digest, admission)
         if reservation.stored is not None and reservation.stored != entry.body:

@@ -2,8 +2,9 @@
 
 Promises: a row is removed only after its message was confirmed, so one may be sent twice and none is lost; the oldest
 go first; a row that the broker will not take is passed over and tried again later, and holds up nothing behind it.
-Survives every server's failure with growing waits. Does not promise order between a row that was passed over and
-those behind it, and does not elect: two relays send some messages twice, which their receivers allow.
+Of several revisions of one decision only the highest is sent, and the others are removed with it: none comes after a
+newer one. Survives every server's failure with growing waits. Does not promise order between a row that was passed
+over and those behind it, and does not elect: two relays send some messages twice, which their receivers allow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.messages import arrived
 from contracts.ports import Confirm, Outbox, OutboxRow, Publisher, Telemetry
 from contracts.telemetry import OUTBOX, Measurement
+from contracts.topology import DECISIONS
 
 log = structlog.get_logger("outbox")
 
@@ -60,6 +62,7 @@ class OutboxRelay:
         self._retry_s = retry_s
         self._most = batch
         self._stuck: dict[int, _Stuck] = {}
+        self._outdated: dict[int, list[OutboxRow]] = {}
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -108,6 +111,9 @@ class OutboxRelay:
         rows = await self._outbox.waiting(self._batch + len(self._stuck))
         there, now = {row.position for row in rows}, asyncio.get_running_loop().time()
         self._stuck = {position: stuck for position, stuck in self._stuck.items() if position in there}
+        self._outdated = _outdated(rows)
+        behind = {row.position for older in self._outdated.values() for row in older}
+        rows = [row for row in rows if row.position not in behind]
         fresh = [row for row in rows if row.position not in self._stuck]
         again = [row for row in rows if row.position in self._stuck and self._stuck[row.position].due <= now]
         return (fresh or again)[: self._most]
@@ -129,7 +135,7 @@ class OutboxRelay:
         if silent:
             raise MessagingFailureError("an outbox message was not confirmed")
         self._most = min(self._most * 2, self._batch)
-        return done
+        return done + [older for row in done for older in self._outdated.get(row.position, ())]
 
     def _pass_over(self, row: OutboxRow, confirm: Confirm) -> None:
         now = asyncio.get_running_loop().time()
@@ -152,3 +158,12 @@ class OutboxRelay:
     def _measure(self, result: str, count: int) -> None:
         if count:
             self._telemetry.record(Measurement(OUTBOX, count, {"result": result}))
+
+
+def _outdated(rows: Sequence[OutboxRow]) -> dict[int, list[OutboxRow]]:
+    """The older revisions of the same decision, by the position of the newest; rows are in order of writing."""
+    revisions: dict[tuple[object, object], list[OutboxRow]] = {}
+    for row in rows:
+        if row.message.exchange == DECISIONS:
+            revisions.setdefault((row.scope, row.message.headers.get("event_id")), []).append(row)
+    return {several[-1].position: several[:-1] for several in revisions.values() if len(several) > 1}

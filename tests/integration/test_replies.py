@@ -20,7 +20,7 @@ from contracts.topology import DELIVERY_QUEUE, topology
 from deploy.servers import ServerUrls
 from resilience.management import BrokerManagement
 from resilience.rabbit import ConsumerPolicy, RabbitConsumer, RabbitPublisher, RabbitReplies
-from tests.fakes import RecordingTelemetry
+from tests.fakes import InMemoryLedger, RecordingTelemetry
 from workers.sinks.delivery import DeliverySink
 
 pytestmark = pytest.mark.integration
@@ -166,7 +166,7 @@ async def test_a_decision_that_upstreams_queue_refuses_arrives_once_there_is_roo
         async def nothing_to_probe() -> None:
             return
 
-        sink = DeliverySink(publisher, telemetry)
+        sink = DeliverySink(InMemoryLedger(), publisher, telemetry)
         consumer = RabbitConsumer(servers.rabbitmq, [DELIVERY_QUEUE], sink.handle, nothing_to_probe, ConsumerPolicy())
         await consumer.start()
         try:

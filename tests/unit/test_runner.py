@@ -964,7 +964,7 @@ async def _run_schedule(actions: Sequence[tuple[str, int]]) -> None:
     fleet.step(11)
     await fleet.drain()
     back = [Delivery(DELIVERY_QUEUE, m.body, DELIVERY_QUEUE, headers=m.headers) for m in broker.delivery_rounds()]
-    assert await DeliverySink(broker, fleet.telemetry).handle(back) == [Ack()] * len(back)
+    assert await DeliverySink(fleet.ledger, broker, fleet.telemetry).handle(back) == [Ack()] * len(back)
     for state in states:
         fleet.check_settled(state.scope, state.event_id)
     assert set(fleet.ledger.rows) == {(state.scope, state.event_id) for state in states}

@@ -17,7 +17,7 @@ from contracts.settlement import Ack, Pause, letter_from
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from contracts.topology import DELIVERY_QUEUE, LABELS_QUEUE, parked_queue, rung_exchange
-from tests.fakes import RecordingPublisher, RecordingTelemetry, SteppingClock
+from tests.fakes import InMemoryLedger, RecordingPublisher, RecordingTelemetry, SteppingClock
 from workers.sinks.audit import AuditSink
 from workers.sinks.delivery import MOST_ATTEMPTS, DeliverySink
 from workers.sinks.labels import LabelsSink
@@ -192,7 +192,7 @@ class DeliveryParts:
     telemetry: RecordingTelemetry = field(default_factory=RecordingTelemetry)
 
     def __post_init__(self) -> None:
-        self.sink = DeliverySink(self.publisher, self.telemetry)
+        self.sink = DeliverySink(InMemoryLedger(), self.publisher, self.telemetry)
 
     def count(self, result: str) -> float:
         return self.telemetry.count("riskfleet_decision_deliveries_total", result=result)

@@ -442,7 +442,8 @@ async def test_the_decision_stage_asks_once_for_all_pins_and_all_corrected_event
         ),
     )
     facts = await decision.gather([plain, correcting, early, nothing], ports(one))
-    assert one.calls == [("revoked", 3), ("decisions", 2)]
+    # and once for who is halted now: an event may have waited long since it was pinned
+    assert one.calls == [("revoked", 3), ("decisions", 2), ("risk", 4)]
     gone = ("guardrail",)
     assert list(facts) == [DecisionFacts(gone), DecisionFacts(gone, 3), DecisionFacts(gone, 0), DecisionFacts()]
 
@@ -450,7 +451,7 @@ async def test_the_decision_stage_asks_once_for_all_pins_and_all_corrected_event
 async def test_the_decision_stage_asks_nothing_that_nobody_needs() -> None:
     one = OneTenant()
     await decision.gather([processing()], ports(one))
-    assert one.calls == [("revoked", 3)]
+    assert one.calls == [("revoked", 3), ("risk", 1)]
 
 
 def test_a_correction_names_what_it_supersedes_and_so_does_its_audit_record() -> None:

@@ -71,4 +71,7 @@ class AuditSink:
     def _refuse(self, record: AuditRecord, error: Exception) -> Park:
         log.error("audit.refused", exception_class=type(error).__name__, event_id=record.event_id)
         self._telemetry.record(Measurement(PARKED, 1, {"stage": _STAGE, "category": "UNEXPECTED_ERROR"}))
-        return park(entry_of_record(record), error, self._clock.now().isoformat())
+        entry, now = entry_of_record(record), self._clock.now().isoformat()
+        if record.scope is None:  # the system's: no tenant's letter
+            return park_bytes(encode_carrier((entry,)), _STAGE, error, now)
+        return park(entry, error, now)

@@ -1,7 +1,8 @@
 """The delivery sink: messages to upstream that the broker did not take, published again until it does.
 
 Promises: a message is sent again after 1 s, 5 s, 15 s and then every 30 s, for a day; the ladder confirms each further
-round before this one is acked. Loses no decision when it gives up: the row stands in PostgreSQL and the feed has it.
+round before this one is acked. A decision is sent at the highest revision that PostgreSQL has by then, so that none
+follows a newer one. Loses no decision when it gives up: the row stands in PostgreSQL and the feed has it.
 It has no dead-letter stage of its own: what cannot be read is counted, logged and acked, for the same reason.
 """
 
@@ -12,11 +13,13 @@ from typing import Final
 
 import structlog
 
-from contracts.failures import UndecodableEntryError
-from contracts.messages import arrived, delivery_message, undelivered
-from contracts.ports import Delivery, Message, Publisher, Telemetry
+from contracts.failures import InfrastructureError, RiskfleetError, UndecodableEntryError
+from contracts.messages import arrived, decision_message, delivery_message, undelivered
+from contracts.ports import Delivery, Ledger, Message, Publisher, Telemetry
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.telemetry import DELIVERIES, Measurement
+from contracts.tenancy import TenantScope
+from contracts.topology import DECISIONS
 from workers.outgoing import DELIVERY_WAITS_MS, UPSTREAM
 
 log = structlog.get_logger("delivery")
@@ -28,14 +31,18 @@ MOST_ATTEMPTS: Final = 2_880
 class DeliverySink:
     """Publishes what came back from the ladder."""
 
-    def __init__(self, publisher: Publisher, telemetry: Telemetry) -> None:
-        """Needs no server but RabbitMQ."""
+    def __init__(self, ledger: Ledger, publisher: Publisher, telemetry: Telemetry) -> None:
+        """`ledger` says which revision is the highest."""
+        self._ledger = ledger
         self._publisher = publisher
         self._telemetry = telemetry
 
     async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
         """Send each message again; Pause for one that neither upstream's queues nor the ladder take."""
-        read = [self._read(delivery) for delivery in deliveries]
+        try:
+            read = await self._newest([self._read(delivery) for delivery in deliveries])
+        except InfrastructureError as error:
+            return [Pause(type(error).__name__)] * len(deliveries)
         left = await self._send([item for item in read if item is not None])
         paused = await self._again(left)
         return [Pause("MessagingFailureError") if item is not None and item in paused else Ack() for item in read]
@@ -45,11 +52,28 @@ class DeliverySink:
             message, attempt = undelivered(delivery.headers, delivery.body)
             if message.exchange not in UPSTREAM or not isinstance(message.headers, dict):
                 raise UndecodableEntryError("a delivery is not for upstream")
-        except UndecodableEntryError as error:
+            if message.exchange == DECISIONS:
+                _key(message)
+        except RiskfleetError as error:
             log.error("delivery.undecodable", exception_class=type(error).__name__)
             self._measure("undecodable")
             return None
         return message, attempt
+
+    async def _newest(self, read: Sequence[tuple[Message, int] | None]) -> list[tuple[Message, int] | None]:
+        """Each decision as it stands now; a person may have decided while it was on its way."""
+        keys = [_key(item[0]) for item in read if item is not None and item[0].exchange == DECISIONS]
+        rows = iter(await self._ledger.decisions(keys) if keys else ())
+        found = list(read)
+        for place, item in enumerate(read):
+            if item is None or item[0].exchange != DECISIONS:
+                continue
+            (message, attempt), row = item, next(rows)
+            scope, _ = _key(message)
+            if row is not None and row.revision > int(message.headers["revision"]):
+                kind, traceparent = message.routing_key.split(".")[1], message.headers.get("traceparent")
+                found[place] = decision_message(scope, kind, row, message.correlation_id, traceparent), attempt
+        return found
 
     async def _send(self, items: Sequence[tuple[Message, int]]) -> list[tuple[Message, int]]:
         """Publish the messages themselves; what was not answered for is left."""
@@ -83,3 +107,12 @@ class DeliverySink:
     def _measure(self, result: str, count: int = 1) -> None:
         if count:
             self._telemetry.record(Measurement(DELIVERIES, count, {"result": result}))
+
+
+def _key(message: Message) -> tuple[TenantScope, str]:
+    """Whose decision a message is, and of which event. Raises UndecodableEntryError, InvalidTenantError."""
+    tenant, _, rest = message.routing_key.partition(".")
+    event_id, revision = message.headers.get("event_id"), message.headers.get("revision")
+    if not isinstance(event_id, str) or not isinstance(revision, int) or "." not in rest:
+        raise UndecodableEntryError("a delivery does not name its decision")
+    return TenantScope(tenant), event_id

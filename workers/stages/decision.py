@@ -1,6 +1,7 @@
 """Decision: the most restrictive answer of all gates.
 
-    halt switch, a pinned version revoked since        → REQUIRE_APPROVAL
+    halt switch (pinned, or set since), a pinned
+    version revoked since                              → REQUIRE_APPROVAL
     policy DENY                                        → REJECTED
     policy FAIL, guardrail not passed, degraded,
     no score, HIGH_RISK, regulatory flag above low     → REQUIRE_APPROVAL
@@ -35,10 +36,12 @@ class DecisionFacts:
 
     `revoked`: the kinds of the pins that were revoked since retrieval. `corrected_revision`: the highest revision of
     the event that this one corrects, 0 when none was decided; it means nothing for an event that corrects none.
+    `halted`: the tenant is halted now, whatever was pinned.
     """
 
     revoked: tuple[str, ...] = ()
     corrected_revision: int = 0
+    halted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,9 @@ class Objection:
 Gate = Callable[[EventState], Iterator[Objection]]
 
 
-def halt_gate(state: EventState) -> Iterator[Objection]:
-    """The halt switch sends every event to a person."""
-    if created(state).pins.halted:
+def halt_gate(state: EventState, *, now: bool = False) -> Iterator[Objection]:
+    """The halt switch sends every event to a person; `now`: also one that was pinned before it was set."""
+    if created(state).pins.halted or now:
         yield Objection(Outcome.REQUIRE_APPROVAL, "HALTED", "Automatic decisions are halted for this tenant")
 
 
@@ -113,7 +116,7 @@ def score_gate(state: EventState) -> Iterator[Objection]:
         yield Objection(Outcome.REQUIRE_APPROVAL, "SCORE_BAND", text)
 
 
-RISK_GATES: tuple[Gate, ...] = (halt_gate, policy_gate, guardrail_gate, degraded_gate, regulatory_gate, score_gate)
+RISK_GATES: tuple[Gate, ...] = (policy_gate, guardrail_gate, degraded_gate, regulatory_gate, score_gate)
 COMPLIANCE_GATES: tuple[Gate, ...] = (*RISK_GATES, flags_named_gate)
 
 
@@ -125,24 +128,41 @@ def revoked_gate(facts: DecisionFacts) -> Iterator[Objection]:
 
 
 async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[DecisionFacts]:
-    """Which pins were revoked, and what is decided of the corrected events: at most one call each."""
+    """Which pins were revoked, who is halted, and what is decided of the corrected events: at most one call each.
+
+    A halt holds for what is under way too: an event may stand on a ladder, or behind an outage, for a long time.
+    """
     pins = list(dict.fromkeys(chain.from_iterable(_pinned(state).values() for state in states)))
     answers = await ports.registry.revoked(pins) if pins else ()
     revoked = {pin for pin, gone in zip(pins, answers, strict=True) if gone}
     keys = [(state.scope, state.event.corrects) for state in states if state.event.corrects is not None]
     rows = iter(await ports.ledger.decisions(keys) if keys else ())
+    halted = await _halted(states, ports)
     facts = []
-    for state in states:
+    for state, stopped in zip(states, halted, strict=True):
         row = next(rows) if state.event.corrects is not None else None
         kinds = tuple(kind for kind, pin in _pinned(state).items() if pin in revoked)
-        facts.append(DecisionFacts(kinds, row.revision if row is not None else 0))
+        facts.append(DecisionFacts(kinds, row.revision if row is not None else 0, stopped))
     return facts
+
+
+async def _halted(states: Sequence[EventState], ports: StagePorts) -> list[bool]:
+    """Whether each event's tenant is halted now, by position; one call per kind."""
+    found: dict[int, bool] = {}
+    for kind in dict.fromkeys(state.KIND for state in states):
+        places = [place for place, state in enumerate(states) if kind == state.KIND]
+        sets = await ports.registry.active(
+            [states[place].scope for place in places], kind, [states[place].event.type for place in places]
+        )
+        found.update(zip(places, (one.halted for one in sets), strict=True))
+    return [found[place] for place in range(len(states))]
 
 
 def stored_facts(decision: Decision) -> DecisionFacts:
     """The facts that a decision of this stage was made from; with its state they make the same decision again."""
     revision = decision.supersedes.revision if decision.supersedes is not None else 0
-    return DecisionFacts(tuple(decision.evidence.get("revoked", ())), revision)
+    evidence = decision.evidence
+    return DecisionFacts(tuple(evidence.get("revoked", ())), revision, bool(evidence.get("halted", False)))
 
 
 def _pinned(state: EventState) -> dict[str, Pin]:
@@ -162,7 +182,8 @@ def decide_compliance(state: EventState, facts: DecisionFacts, now: str, stopwat
 
 
 def _decide(state: EventState, facts: DecisionFacts, now: str, gates: Sequence[Gate]) -> Step:
-    objections = [*revoked_gate(facts), *chain.from_iterable(gate(state) for gate in gates)]
+    halts = halt_gate(state, now=facts.halted)
+    objections = [*revoked_gate(facts), *halts, *chain.from_iterable(gate(state) for gate in gates)]
     outcome = most_restrictive((Outcome.APPROVED, *(objection.outcome for objection in objections)))
     if outcome is Outcome.REJECTED and not created(state).pins.thresholds.auto_reject:
         outcome = Outcome.REQUIRE_APPROVAL
@@ -201,7 +222,9 @@ def _document(
         reasons=(*weighted, *gates),
         policy=scored.policy,
         guardrails=processed(state).checks,
-        evidence=evidence | ({"revoked": list(facts.revoked)} if facts.revoked else {}),
+        evidence=evidence
+        | ({"revoked": list(facts.revoked)} if facts.revoked else {})
+        | ({"halted": True} if facts.halted else {}),
         versions=_versions(state),
         degraded=_degraded(state) or None,
         decided_at=now,

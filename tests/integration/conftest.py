@@ -1,4 +1,4 @@
-"""The fleet that the tests of this directory share: every role its own process, on three real servers."""
+"""The fleet of a module's tests: every role its own process, on three real servers."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ async def first_admin(settings: Settings) -> Login:
     return login
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fleet(
     request: pytest.FixtureRequest, servers: ServerUrls, native_servers: NativeServers | None
 ) -> Iterator[RunningFleet]:
-    """One fleet, with two tenants whose names nobody had before."""
+    """The fleet of one module, with two tenants whose names nobody had before."""
     directory = Path(tempfile.mkdtemp(prefix="riskfleet-fleet-"))
     settings = local.with_servers(
         Settings(environment="test", http_port=free_port(), control_port=free_port(), data_dir=directory), servers

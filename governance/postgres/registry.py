@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
-import structlog
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -26,15 +25,12 @@ from governance.postgres.engine import transaction
 from governance.registry import ANY_MODEL, SHARED, digest_of, release_artifacts
 from governance.signing import Statement, Verifier
 
-log = structlog.get_logger("registry")
-
 MAX_AGE_S: Final = 1.0
 """Half of what is promised: the read itself takes its time too."""
 
 _MAX_TENANTS: Final = 10_000
 _MAX_ARTIFACTS: Final = 1_000
 _MAX_REVOKED: Final = 10_000
-_MAX_SIGNED: Final = 10_000
 _FOR_EVER: Final = float("inf")
 
 # One statement is one snapshot, whatever commits between two of them.
@@ -43,17 +39,16 @@ _VIEW: Final = text(
     SELECT 'active' AS part, a.tenant, a.kind, a.scope_key, a.name, a.version,
            CASE WHEN v.status IN ('approved', 'active') AND (v.valid_until IS NULL OR v.valid_until > now())
                 THEN v.digest END AS digest,
-           CAST(NULL AS jsonb) AS thresholds, v.author, v.approver, v.approved_at, v.valid_until, v.signature, v.key_id
+           CAST(NULL AS jsonb) AS thresholds
       FROM registry_active a
       LEFT JOIN registry_versions v
         ON v.kind = a.kind AND v.tenant = a.tenant AND v.name = a.name AND v.version = a.version
      WHERE a.tenant = '*' OR a.tenant = ANY(CAST(:tenant AS text[]))
     UNION ALL
-    SELECT 'halt', h.tenant, NULL, NULL, h.model, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM halts h
+    SELECT 'halt', h.tenant, NULL, NULL, h.model, NULL, NULL, NULL FROM halts h
      WHERE h.tenant = '*' OR h.tenant = ANY(CAST(:tenant AS text[]))
     UNION ALL
-    SELECT 'tenant', t.tenant_id, NULL, NULL, NULL, NULL, NULL, t.thresholds, NULL, NULL, NULL, NULL, NULL, NULL
-      FROM tenants t
+    SELECT 'tenant', t.tenant_id, NULL, NULL, NULL, NULL, NULL, t.thresholds FROM tenants t
      WHERE t.tenant_id = ANY(CAST(:tenant AS text[]))
     """
 )
@@ -116,8 +111,6 @@ class PostgresRegistry:
         self._views: Aging[TenantScope, _TenantView] = Aging(MAX_AGE_S, _MAX_TENANTS)
         self._artifacts: Aging[Pin, Artifact] = Aging(_FOR_EVER, _MAX_ARTIFACTS)
         self._revoked: Aging[Pin, bool] = Aging(MAX_AGE_S, _MAX_REVOKED)
-        # A signature that is good for a statement stays so: it is checked once, not at every look at what is active.
-        self._signed: Aging[tuple[Statement, str | None, bytes | None], bool] = Aging(_FOR_EVER, _MAX_SIGNED)
 
     async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:
         """What decides for each (tenant, event type) by position; a kind without a usable version is None.
@@ -141,7 +134,7 @@ class PostgresRegistry:
         thresholds: dict[str, Any] = {}
         for row in rows:
             if row.part == "active":
-                pin = _pin(row) if row.digest and self._is_vouched(row) else None
+                pin = Pin(name=row.name, version=row.version, digest=row.digest) if row.digest else None
                 active.setdefault(row.tenant, {})[row.kind, row.scope_key] = pin
             elif row.part == "halt":
                 halts.setdefault(row.tenant, set()).add(row.name)
@@ -212,7 +205,10 @@ class PostgresRegistry:
         what, stored = f"{row.kind} {row.name} version {row.version}", bytes(row.content)
         if digest_of(stored) != row.digest:
             raise InvalidModelStateError(f"the content of {what} does not match its digest")
-        self._vouch(row, what)
+        if not (row.tenant == SHARED and row.signature is None and (row.kind, _pin(row)) in self._released):
+            if row.approver is None or row.approved_at is None:
+                raise InvalidModelStateError(f"{what} names nobody who approved it")
+            self._verifier.check(_statement(row), row.key_id, None if row.signature is None else bytes(row.signature))
         try:
             content: Any = orjson.loads(stored)
         except ValueError:
@@ -220,33 +216,6 @@ class PostgresRegistry:
         if not isinstance(content, dict):
             raise InvalidModelStateError(f"the content of {what} is not a JSON object")
         return Artifact(row.kind, _pin(row), content)
-
-    def _vouch(self, row: Row[Any], what: str) -> None:
-        """Return when this very row, tenant and kind included, is the release's or signed. Raises as `artifacts`."""
-        if row.tenant == SHARED and row.signature is None and (row.kind, _pin(row)) in self._released:
-            return
-        if row.approver is None or row.approved_at is None:
-            raise InvalidModelStateError(f"{what} names nobody who approved it")
-        signature = None if row.signature is None else bytes(row.signature)
-        statement = _statement(row)
-        claim = (statement, row.key_id, signature)
-        if self._signed.get(claim, 0.0) is None:
-            self._verifier.check(statement, row.key_id, signature)
-            self._signed.put(claim, True, 0.0)
-
-    def _is_vouched(self, row: Row[Any]) -> bool:
-        """Whether an active row was signed for where it is active.
-
-        A pin names no tenant, so without this a copy of another tenant's approved version would pass by the
-        signature that was given to the other tenant.
-        """
-        what = f"{row.kind} {row.name} version {row.version}"
-        try:
-            self._vouch(row, what)
-        except InvalidModelStateError as error:
-            log.error("active_version_refused", tenant=row.tenant, reason=error.detail)
-            return False
-        return True
 
 
 def _pin(row: Row[Any]) -> Pin:

@@ -41,7 +41,7 @@ def corpus() -> list[BadInput]:
     files = sorted((CORPORA / "json" / "test_parsing").glob("n_*.json"))
     strings = CORPORA / "naughty-strings" / "blns.json"
     naughty = json.loads(strings.read_text()) if strings.exists() else []
-    return [BadInput(path.name, path.read_bytes()) for path in files] + [
+    return [BadInput(path.name, path.read_bytes(), statuses=frozenset({400, 413, 422})) for path in files] + [
         BadInput("naughty string", json.dumps(text).encode()) for text in naughty
     ]
 

@@ -969,7 +969,7 @@ async def test_the_command_line_does_what_the_desk_does(
         keys = await run("apikeys", "list", "--json")
         assert sorted(each["label"] for each in keys) == ["[bold]shop", "[bold]shop", "first key"]
         await run("apikeys", "list")
-        assert "not yours" in str(await refused("tenants", "suspend", tenant))
+        assert "does not permit" in str(await refused("tenants", "suspend", tenant))
         await run("users", "password", ana, "--password-stdin", stdin=f"{PASSWORD}\na new long password\n")
         await run("login", "--user", root, "--password-stdin", stdin=f"{PASSWORD}\n")
         for verb in ("suspend", "resume", "broker-password"):

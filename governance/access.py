@@ -10,7 +10,7 @@ import base64
 import hashlib
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 KEY_BYTES: Final = 38
@@ -24,7 +24,7 @@ class PresentedKey:
     """The two parts of a key that somebody presents."""
 
     key_id: str
-    secret: str
+    secret: str = field(repr=False)
 
 
 def new_api_key(token_bytes: bytes, pepper: bytes) -> tuple[str, str, bytes]:

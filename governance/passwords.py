@@ -37,8 +37,17 @@ class Passwords:
         self._inside = 0
 
     async def hash(self, password: str, salt: bytes) -> str:
-        """The text to store, parameters included. Raises InvalidRequestError for a password that cannot be one."""
-        return await self._hashed(checked(password), salt)
+        """The text to store, parameters included. Raises InvalidRequestError for a password that cannot be one.
+
+        Raises LimitExceededError as `matches` does: whoever may choose a password keeps nobody from logging in.
+        """
+        plain = checked(password)
+        self.check_room()
+        self._inside += 1
+        try:
+            return await self._hashed(plain, salt)
+        finally:
+            self._inside -= 1
 
     async def renew(self, password: str, salt: bytes) -> str:
         """`hash` for a password that is in use already, whatever rules held when it was chosen."""

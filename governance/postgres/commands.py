@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -41,7 +41,7 @@ class PeoplePolicy:
     A failed login is answered after `failed_login_s` at the earliest: whether a row was written cannot be heard.
     """
 
-    pepper: bytes
+    pepper: bytes = field(repr=False)
     token_ttl_s: int = 28_800
     guesses: int = 10
     lock_s: int = 900

@@ -63,6 +63,7 @@ _FIELDS: Final = """
     limitations, evidence, validator, valid_until, submitted_at, key_id,
     coalesce(valid_until <= now(), false) AS expired
 """
+_LISTED: Final = _FIELDS.replace(" evidence,", " CAST('{}' AS jsonb) AS evidence,")
 _THIS: Final = "kind = :kind AND tenant = :tenant AND name = :name AND version = :version"
 
 # Content that may not be used any more can be registered anew: a new evaluation, a new validation.
@@ -89,7 +90,7 @@ _SHOW: Final = text(f"SELECT {_FIELDS}, content FROM registry_versions WHERE {_T
 _LOCKED: Final = text(f"SELECT {_FIELDS} FROM registry_versions WHERE {_THIS} FOR UPDATE")  # noqa: S608
 _LIST: Final = text(
     f"""
-    SELECT {_FIELDS} FROM registry_versions
+    SELECT {_LISTED} FROM registry_versions
      WHERE tenant = :tenant AND kind = coalesce(CAST(:kind AS text), kind)
        AND status = coalesce(CAST(:status AS text), status)
      ORDER BY created_at DESC, kind, name, version DESC LIMIT :limit
@@ -406,7 +407,7 @@ class RegistryGate:
     async def list(
         self, scope: TenantScope | None, kind: Kind | None = None, status: VersionStatus | None = None
     ) -> Sequence[Version]:
-        """Versions without their content, newest first, 1,000 at most."""
+        """Versions without content and evidence, which `show` has, newest first, 1,000 at most."""
         async with transaction(self._engine, [scope]) as connection:
             values = {"tenant": _owner(scope), "kind": kind, "status": status, "limit": MAX_LISTED}
             return [_version(row) for row in await connection.execute(_LIST, values)]

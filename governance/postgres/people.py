@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -46,7 +46,7 @@ _LAST_ADMIN_LOCK: Final = 7_205_759_403_794
 class LoggedIn:
     """A login: the token to show once, until when it is good, and the tenant that it is bound to."""
 
-    token: str
+    token: str = field(repr=False)
     expires_at: datetime
     tenant: TenantScope | None
 

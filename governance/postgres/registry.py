@@ -1,9 +1,10 @@
 """Which approved versions decide, per tenant, and their content by digest.
 
 Promises: the active set is at most 2 s old, and all of one tenant's comes from one snapshot, so that versions that
-became active together are never seen half; what comes out was approved by somebody else than its author, is signed by
-a trusted key or is the release's own, and matches its digest. The most specific row decides even when its version may
-not be used any more: the answer is then "none", never the next more general version. Does not change the registry.
+became active together are never seen half; what is active somewhere was signed for exactly that tenant and kind by a
+trusted key, or is the release's own; content was approved by somebody else than its author, is signed so too, and
+matches its digest. The most specific row decides even when its version may not be used any more: the answer is then
+"none", never the next more general version. Does not change the registry.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
+import structlog
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -25,13 +27,17 @@ from governance.postgres.engine import transaction
 from governance.registry import ANY_MODEL, SHARED, digest_of, release_artifacts
 from governance.signing import Statement, Verifier
 
+log = structlog.get_logger(__name__)
+
 MAX_AGE_S: Final = 1.0
 """Half of what is promised: the read itself takes its time too."""
 
 _MAX_TENANTS: Final = 10_000
 _MAX_ARTIFACTS: Final = 1_000
 _MAX_REVOKED: Final = 10_000
+_MAX_SIGNED: Final = 10_000
 _FOR_EVER: Final = float("inf")
+_TELL_AGAIN_S: Final = 60.0
 
 # One statement is one snapshot, whatever commits between two of them.
 _VIEW: Final = text(
@@ -39,16 +45,17 @@ _VIEW: Final = text(
     SELECT 'active' AS part, a.tenant, a.kind, a.scope_key, a.name, a.version,
            CASE WHEN v.status IN ('approved', 'active') AND (v.valid_until IS NULL OR v.valid_until > now())
                 THEN v.digest END AS digest,
-           CAST(NULL AS jsonb) AS thresholds
+           CAST(NULL AS jsonb) AS thresholds, v.author, v.approver, v.approved_at, v.valid_until, v.signature, v.key_id
       FROM registry_active a
       LEFT JOIN registry_versions v
         ON v.kind = a.kind AND v.tenant = a.tenant AND v.name = a.name AND v.version = a.version
      WHERE a.tenant = '*' OR a.tenant = ANY(CAST(:tenant AS text[]))
     UNION ALL
-    SELECT 'halt', h.tenant, NULL, NULL, h.model, NULL, NULL, NULL FROM halts h
+    SELECT 'halt', h.tenant, NULL, NULL, h.model, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM halts h
      WHERE h.tenant = '*' OR h.tenant = ANY(CAST(:tenant AS text[]))
     UNION ALL
-    SELECT 'tenant', t.tenant_id, NULL, NULL, NULL, NULL, NULL, t.thresholds FROM tenants t
+    SELECT 'tenant', t.tenant_id, NULL, NULL, NULL, NULL, NULL, t.thresholds, NULL, NULL, NULL, NULL, NULL, NULL
+      FROM tenants t
      WHERE t.tenant_id = ANY(CAST(:tenant AS text[]))
     """
 )
@@ -111,6 +118,9 @@ class PostgresRegistry:
         self._views: Aging[TenantScope, _TenantView] = Aging(MAX_AGE_S, _MAX_TENANTS)
         self._artifacts: Aging[Pin, Artifact] = Aging(_FOR_EVER, _MAX_ARTIFACTS)
         self._revoked: Aging[Pin, bool] = Aging(MAX_AGE_S, _MAX_REVOKED)
+        # A signature that is good for a statement stays so: it is checked once, not at every look at what is active.
+        self._signed: Aging[tuple[Statement, str | None, bytes | None], bool] = Aging(_FOR_EVER, _MAX_SIGNED)
+        self._told: Aging[tuple[str, str], bool] = Aging(_TELL_AGAIN_S, _MAX_SIGNED)
 
     async def active(self, scopes: Sequence[TenantScope], kind: str, event_types: Sequence[str]) -> Sequence[ActiveSet]:
         """What decides for each (tenant, event type) by position; a kind without a usable version is None.
@@ -134,7 +144,7 @@ class PostgresRegistry:
         thresholds: dict[str, Any] = {}
         for row in rows:
             if row.part == "active":
-                pin = Pin(name=row.name, version=row.version, digest=row.digest) if row.digest else None
+                pin = _pin(row) if row.digest and self._is_vouched(row) else None
                 active.setdefault(row.tenant, {})[row.kind, row.scope_key] = pin
             elif row.part == "halt":
                 halts.setdefault(row.tenant, set()).add(row.name)
@@ -205,10 +215,7 @@ class PostgresRegistry:
         what, stored = f"{row.kind} {row.name} version {row.version}", bytes(row.content)
         if digest_of(stored) != row.digest:
             raise InvalidModelStateError(f"the content of {what} does not match its digest")
-        if not (row.tenant == SHARED and row.signature is None and (row.kind, _pin(row)) in self._released):
-            if row.approver is None or row.approved_at is None:
-                raise InvalidModelStateError(f"{what} names nobody who approved it")
-            self._verifier.check(_statement(row), row.key_id, None if row.signature is None else bytes(row.signature))
+        self._vouch(row, what)
         try:
             content: Any = orjson.loads(stored)
         except ValueError:
@@ -216,6 +223,35 @@ class PostgresRegistry:
         if not isinstance(content, dict):
             raise InvalidModelStateError(f"the content of {what} is not a JSON object")
         return Artifact(row.kind, _pin(row), content)
+
+    def _vouch(self, row: Row[Any], what: str) -> None:
+        """Return when this very row, tenant and kind included, is the release's or signed. Raises as `artifacts`."""
+        if row.tenant == SHARED and row.signature is None and (row.kind, _pin(row)) in self._released:
+            return
+        if row.approver is None or row.approved_at is None:
+            raise InvalidModelStateError(f"{what} names nobody who approved it")
+        signature, statement = None if row.signature is None else bytes(row.signature), _statement(row)
+        claim = (statement, row.key_id, signature)
+        if self._signed.get(claim, 0.0) is None:
+            self._verifier.check(statement, row.key_id, signature)
+            self._signed.put(claim, True, 0.0)
+
+    def _is_vouched(self, row: Row[Any]) -> bool:
+        """Whether an active row was signed for the place where it is active.
+
+        A pin names no tenant, so without this a copy of what one tenant approved would pass in another by the
+        signature that the first one has.
+        """
+        what = f"{row.kind} {row.name} version {row.version}"
+        try:
+            self._vouch(row, what)
+        except InvalidModelStateError as error:
+            now = self._clock.monotonic()
+            if self._told.get((row.tenant, what), now) is None:  # not with every look: it is refused every second
+                self._told.put((row.tenant, what), True, now)
+                log.error("registry.active_version_refused", tenant=row.tenant, reason=error.detail)
+            return False
+        return True
 
 
 def _pin(row: Row[Any]) -> Pin:

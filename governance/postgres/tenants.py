@@ -41,7 +41,7 @@ MAX_OVERLAP_S: Final = 7 * 86_400
 MAX_KEYS: Final = 100
 _BROKER_S: Final = 4.0
 """Within PostgreSQL's idle_in_transaction_session_timeout (5 s): the row's lock is held meanwhile."""
-_AMOUNT: Final = re.compile(r"\d{1,15}(\.\d{1,8})?")
+_AMOUNT: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,8})?")
 _KEY_ID: Final = re.compile(r"rfk_[0-9a-f]{12}")
 _MAKING_LOCK: Final = 1_918_859_008
 
@@ -71,7 +71,7 @@ class MadeKey(BaseModel):
     """A new API key; the only moment in which its secret is known."""
 
     model_config = ConfigDict(frozen=True)
-    api_key: str
+    api_key: str = Field(repr=False)
     key_id: str
     expires_at: datetime | None
 
@@ -82,7 +82,7 @@ class MadeTenant(BaseModel):
     model_config = ConfigDict(frozen=True)
     tenant: Tenant
     key: MadeKey
-    broker_password: str
+    broker_password: str = Field(repr=False)
 
 
 class ApiKey(BaseModel):

@@ -572,6 +572,7 @@ async def test_limits_are_checked_and_every_change_of_thresholds_is_a_version(ho
         Changes({"unknown": 1}),
         Changes({"version": 9}),
         Changes({"amount_limit": "many"}),
+        Changes({"amount_limit": "\u0661\u0662"}),
         Changes({"auto_reject": {"a": 1}}),
         Changes(approval_policy={"expiry_outcome": "MAYBE"}),
         Changes(approval_policy={"four_eyes_amount": "-1"}),

@@ -594,9 +594,51 @@ async def test_what_the_owner_of_the_tables_changed_is_not_used(
         await connection.execute(text(f"UPDATE registry_versions SET {change} WHERE name = 'own'"), used)
     registry = PostgresRegistry(engine, clock, TRUSTED)
     (active,) = await registry.active([scope], "risk", ["login"])
-    assert active.model is not None
+    # Content is looked at when it is read, a signature before anything is pinned.
+    assert active.model == (pin if "its digest" in problem else None)
+    stored = Pin(name="own", version=1, digest=digest) if ":digest" in change else pin
     with pytest.raises(InvalidModelStateError, match=problem):
-        await registry.artifacts([active.model])
+        await registry.artifacts([stored])
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+async def test_what_one_tenant_approved_decides_in_no_other_place(
+    engine: AsyncEngine, owner: AsyncEngine, scope: TenantScope, clock: SetClock, register: Register, everywhere: bool
+) -> None:
+    """A pin names no tenant: the content of a copy is signed, but for another tenant than the copy's."""
+    pin = await register("own", "risk", canonical_json({"n": secrets.token_hex(8)}))
+    victim, place = fresh_scope(), "risk:copied." + secrets.token_hex(4)
+    copied = "kind, name, version, digest, content, status, author, approver, reason, approved_at, signature, key_id"
+    values = {"own": scope.tenant_id, "to": "*" if everywhere else victim.tenant_id}
+    async with transaction(owner, [scope, victim], shared=everywhere) as connection:
+        for statement, more in [
+            (
+                (
+                    f"INSERT INTO registry_versions (tenant, {copied}) SELECT :to, {copied} FROM registry_versions"
+                    " WHERE tenant = :own AND name = 'own'"
+                ),
+                {"own": values["own"]},
+            ),
+            (
+                (
+                    "INSERT INTO registry_active (tenant, kind, scope_key, name, version)"
+                    " VALUES (:to, 'model', :place, 'own', 1)"
+                ),
+                {"place": place},
+            ),
+        ]:
+            await connection.execute(text(statement), {"to": values["to"]} | more)
+    registry = PostgresRegistry(engine, clock, TRUSTED)
+    try:
+        found, own = await registry.active([victim, scope], "risk", [place.removeprefix("risk:"), "login"])
+        assert (found.model, own.model) == (None, pin)
+    finally:
+        async with transaction(owner, [victim], shared=True) as connection:
+            await connection.execute(text("DELETE FROM registry_active WHERE scope_key = :place"), {"place": place})
+            await connection.execute(
+                text("DELETE FROM registry_versions WHERE tenant = :to AND digest = :digest"),
+                {"to": values["to"], "digest": pin.digest},
+            )
 
 
 async def test_only_approved_and_signed_content_comes_out(

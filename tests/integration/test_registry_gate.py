@@ -325,7 +325,7 @@ async def test_versions_become_active_together_or_not_at_all(
 
     async def look() -> None:
         while not over.is_set():
-            reader = PostgresRegistry(engine, SystemClock())
+            reader = PostgresRegistry(engine, SystemClock(), Verifier([SIGNER.public]))
             (found,) = await reader.active([scope], "risk", ["login"])
             seen.add((found.model and found.model.version, found.policy and found.policy.version))
 
@@ -439,7 +439,7 @@ async def test_a_halt_holds_for_its_tenant_and_model_or_for_all(
     other = TenantScope(scope.tenant_id + "x")
 
     async def halted(where: TenantScope) -> bool:
-        reader = PostgresRegistry(engine, SystemClock())
+        reader = PostgresRegistry(engine, SystemClock(), Verifier([SIGNER.public]))
         return (await reader.active([where], "risk", ["login"]))[0].halted
 
     for place, model, holds in [
@@ -554,7 +554,8 @@ async def test_a_version_goes_its_way_through_the_api(office: Office, scope: Ten
     go = {"activations": [{"kind": "model", "name": "own", "version": 1, "scope_key": "risk"}], "reason": WHY}
     assert (await office.ask("bob", "POST", f"{root}/activate", go)).json()["versions"][0]["status"] == "active"
     listed = (await office.ask("vic", "GET", root, kind="model", status="active")).json()["versions"]
-    assert [each["version"] for each in listed] == [1]
+    assert [(each["version"], each["evidence"]) for each in listed] == [(1, {})]  # a report may be 500 KB
+    assert shown["evidence"] == given["evidence"]
     placed = (await office.ask("vic", "GET", f"{root}/active")).json()["active"]
     assert [each["name"] for each in placed if not each["shared"]] == ["own"]
     history = await office.ask("vic", "GET", f"{root}/history", kind="model", scope_key="risk")
@@ -596,6 +597,10 @@ async def test_what_cannot_be_done_is_a_problem_document(
         (403, "bob", "GET", "/ops/v1/tenants/_shared/registry", None),
         (404, "bob", "POST", f"{root}/model/own/9/approve", why),
         (404, "bob", "GET", f"{root}/model/own/99999999999999999999", None),
+        (404, "bob", "GET", f"{root}/model/own/{'9' * 5_000}", None),
+        (401, "nobody", "GET", f"{root}/model/own/{'9' * 5_000}", None),
+        (404, "bob", "GET", f"{root}/model/own/\u0661", None),
+        (404, "bob", "GET", f"{root}/model/own/-1", None),
         (404, "bob", "GET", f"{root}/model/OWN/1", None),
         (404, "bob", "GET", f"{root}/code/own/1", None),
         (404, "bob", "GET", f"{root}/model/own/x", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from contracts.failures import InvalidRequestError, LimitExceededError
 from governance.access import KEY_BYTES, matches, new_api_key, parse_api_key
 from governance.passwords import MAX_BYTES, SALT_BYTES, Passwords
+from governance.postgres.commands import PeoplePolicy
+from governance.postgres.people import LoggedIn
+from governance.postgres.tenants import MadeKey
 
 PEPPER = b"pepper"
 
@@ -137,3 +141,27 @@ async def test_a_flood_of_comparisons_is_bounded(quick: Passwords) -> None:
     assert len(refused) == 28
     assert [answer for answer in answers if answer is not False and answer not in refused] == []
     assert not await slow.matches(GOOD, None)
+
+
+async def test_a_flood_of_new_passwords_keeps_nobody_from_logging_in() -> None:
+    """Who is logged in may change the own password: hashes and comparisons share what waits."""
+    slow = Passwords(memory_kib=8_192, passes=2)
+    salt = bytes(SALT_BYTES)
+    answers = await asyncio.gather(*(slow.hash(GOOD, salt) for _ in range(60)), return_exceptions=True)
+    assert sum(isinstance(answer, LimitExceededError) for answer in answers) == 28
+    assert await slow.matches(GOOD, await slow.hash(GOOD, salt))
+
+
+def test_no_secret_is_in_what_a_value_prints() -> None:
+    api_key, key_id, _ = new_api_key(bytes(range(KEY_BYTES)), b"pepper of a test")
+    presented = parse_api_key(api_key)
+    assert presented is not None
+    at = datetime(2026, 1, 31, tzinfo=UTC)
+    values = [
+        presented,
+        PeoplePolicy(b"pepper of a test"),
+        LoggedIn("a.b.c-token", at, None),
+        MadeKey(api_key=api_key, key_id=key_id, expires_at=None),
+    ]
+    printed = repr(values) + str(values[-1])
+    assert not [word for word in (presented.secret, "pepper of", "a.b.c-token") if word in printed]

@@ -19,7 +19,7 @@ from deploy.processes import identify
 from deploy.servers import NativeServers, ServerUrls
 from deploy.settings import Settings
 from governance.passwords import SALT_BYTES, Passwords
-from governance.postgres import create_engine, transaction
+from governance.postgres import create_engine, tenant_ids, transaction
 from tests.integration.fleet_fixture import FleetThread, Login, RunningFleet, build_fleet, free_port, show
 
 
@@ -40,6 +40,20 @@ async def first_admin(settings: Settings) -> Login:
     return login
 
 
+async def clear_leftovers(settings: Settings) -> None:
+    """Other suites leave what no release writes: outbox rows for exchanges that never were, policies that cannot be
+    read, approvals of another century. The relay and the expiry of this fleet would work on them.
+    """
+    engine = create_engine(settings.need("database_url"), pool_size=1)
+    try:
+        async with transaction(engine, [*await tenant_ids(engine), None]) as connection:
+            await connection.execute(text("DELETE FROM outbox"))
+            await connection.execute(text("UPDATE approvals SET expires_at = NULL WHERE status = 'open'"))
+            await connection.execute(text("UPDATE tenants SET approval_policy = '{}', limits = '{}'"))
+    finally:
+        await engine.dispose()
+
+
 @pytest.fixture(scope="module")
 def fleet(
     request: pytest.FixtureRequest, servers: ServerUrls, native_servers: NativeServers | None
@@ -52,6 +66,7 @@ def fleet(
 
     async def prepare() -> dict[str, Any]:
         await provision.migrate(settings)
+        await clear_leftovers(settings)
         await provision.apply_topology(settings)
         keys.init(directory)
         tag = secrets.token_hex(4)

@@ -107,11 +107,13 @@ class Room:
 
 
 @pytest.fixture
-async def room(engine: AsyncEngine) -> Room:
+async def room(engine: AsyncEngine) -> AsyncIterator[Room]:
     scope, clock, telemetry = fresh_scope(), SetClock(), RecordingTelemetry()
     await create_tenant(engine, scope, "Acme", thresholds=Thresholds())
     approvals = Approvals(engine, clock, PARTITIONS, telemetry)
-    return Room(engine, scope, clock, telemetry, approvals, PostgresLedger(engine))
+    made = Room(engine, scope, clock, telemetry, approvals, PostgresLedger(engine))
+    yield made
+    await set_policy(made)  # one that cannot be read would trouble whoever lists tenants later
 
 
 async def set_policy(room: Room, **policy: Any) -> None:

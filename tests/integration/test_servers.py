@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,5 +135,9 @@ async def test_everything_starts_again_after_all_was_killed_and_stop_leaves_noth
     pids = [*native.pids().values(), epmd.pid]
     assert len(pids) == 4
     native.stop()
-    assert [pid for pid in pids if identify(pid) is not None] == []
+    # The port mapper is nobody's child: the system may take it off its table a moment after it ended.
+    deadline = time.monotonic() + 5
+    while (left := [pid for pid in pids if identify(pid) is not None]) and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert left == []
     assert running_urls(directory) is None

@@ -137,7 +137,7 @@ async def test_everything_starts_again_after_all_was_killed_and_stop_leaves_noth
     native.stop()
     # The port mapper is nobody's child: the system may take it off its table a moment after it ended.
     deadline = time.monotonic() + 5
-    while (left := [pid for pid in pids if identify(pid) is not None]) and time.monotonic() < deadline:
+    while (left := [pid for pid in pids if identify(pid) is not None]) and time.monotonic() < deadline:  # noqa: ASYNC110 - no event
         await asyncio.sleep(0.05)
     assert left == []
     assert running_urls(directory) is None

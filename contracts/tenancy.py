@@ -73,6 +73,10 @@ class TenantScope:
         """The Redis key that remembers which process runs a suspect entry alone."""
         return f"rf:{{s{self.slot:04d}}}:a:{self.tenant_id}:{event_id}:{stage}"
 
+    def backlog_key(self, stage: str) -> str:
+        """The Redis sorted set of this tenant's events that wait for, or are in, a stage."""
+        return f"rf:{{s{self.slot:04d}}}:b:{self.tenant_id}:{stage}"
+
     @property
     def ingest_queue(self) -> str:
         """The AMQP queue that holds what this tenant's broker user published."""

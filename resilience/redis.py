@@ -120,7 +120,7 @@ class RedisStateStore:
             args += (tenants.place(h.scope), h.received_ms, h.digest, h.body_digest, entry.body)
         allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits)) if limit is not None}
         args += [allowed.get(scope, "") for scope in tenants.places]
-        rows = await self._run("reserve", keys + tenants.sets(), args)
+        rows = await self._run("reserve", keys + tenants.keys(), args)
         return [Reservation(Reserved(_text(verdict)), version, stored or None) for verdict, version, stored in rows]
 
     async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
@@ -133,7 +133,7 @@ class RedisStateStore:
             keys.append(scope.state_key(h.event))
             args += (tenants.place(scope), h.received_ms, h.n, h.digest, h.body_digest)
             args += (int(request.install_absent), request.entry.body)
-        rows = await self._run("claim", keys + tenants.sets(), args)
+        rows = await self._run("claim", keys + tenants.keys(), args)
         return [_claim(token, request, row) for request, row in zip(requests, rows, strict=True)]
 
     async def advance(self, moves: Sequence[Advance]) -> Sequence[bool]:
@@ -145,28 +145,29 @@ class RedisStateStore:
             args += (tenants.place(m.scope), m.received_ms)
             args += (m.token, m.expected_version, m.expected_digest, m.version, m.digest, m.body_digest)
             args += (m.stored, m.output, int(m.tombstone), m.status)
-        return [row == 1 for row in await self._run("advance", keys + tenants.sets(), args)]
+        return [row == 1 for row in await self._run("advance", keys + tenants.keys(), args)]
 
     async def release(self, held: Sequence[Held], leaving: Sequence[Leaving] = ()) -> None:
         """Give locks back without advancing, and take events off the backlog."""
         if not held and not leaving:
             return
         tenants = _Tenants()
-        keys = [one.scope.state_key(one.event_id) for one in (*held, *leaving)]
+        keys = [one.scope.state_key(one.event_id) for one in held]
+        keys += [one.scope.state_key(one.event_id) for one in leaving]
         args: list[Any] = [len(held), len(leaving), *(one.token for one in held)]
-        for one in leaving:
-            args += (tenants.place(one.scope), one.n, one.body_digest)
-        await self._run("release", keys + tenants.sets(), args)
+        for left in leaving:
+            args += (tenants.place(left.scope), left.n, left.body_digest)
+        await self._run("release", keys + tenants.keys(), args)
 
     async def backlog(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[StageBacklog]:
         """One per stage, in one round trip; also drops what outlived its state."""
         async with _translated(), self._client.pipeline(transaction=False) as pipe:
-            for stage in STAGES:
+            for n, stage in enumerate(STAGES):
                 pipe.exists(_whole_key(stage))
                 for scope in scopes:
-                    pipe.zremrangebyscore(scope.backlog_key(stage), "-inf", f"({self._dead_ms(now)}")
-                    pipe.zcard(scope.backlog_key(stage))
-                    pipe.zrange(scope.backlog_key(stage), 0, 0, withscores=True)
+                    pipe.zremrangebyscore(f"{scope.backlog_key}:{n}", "-inf", f"({self._dead_ms(now)}")
+                    pipe.zcard(f"{scope.backlog_key}:{n}")
+                    pipe.zrange(f"{scope.backlog_key}:{n}", 0, 0, withscores=True)
             rows = iter(await pipe.execute())
         found = []
         for _ in STAGES:
@@ -182,8 +183,8 @@ class RedisStateStore:
         """Events of each tenant at any stage, in one round trip."""
         async with _translated(), self._client.pipeline(transaction=False) as pipe:
             for scope in scopes:
-                for stage in STAGES:
-                    pipe.zcount(scope.backlog_key(stage), self._dead_ms(now), "+inf")
+                for n in range(len(STAGES)):
+                    pipe.zcount(f"{scope.backlog_key}:{n}", self._dead_ms(now), "+inf")
             counts = await pipe.execute()
         return [sum(counts[i : i + len(STAGES)]) for i in range(0, len(counts), len(STAGES))]
 
@@ -269,15 +270,15 @@ class RedisStateStore:
 
 @dataclass(slots=True)
 class _Tenants:
-    """The tenants of one script call, each with its place from 1 on: their backlog sets are the call's last keys."""
+    """The tenants of one script call, each with its place from 1 on: their backlogs are the call's last keys."""
 
     places: dict[TenantScope, int] = field(default_factory=dict)
 
     def place(self, scope: TenantScope) -> int:
         return self.places.setdefault(scope, len(self.places) + 1)
 
-    def sets(self) -> list[str]:
-        return [scope.backlog_key(stage) for scope in self.places for stage in STAGES]
+    def keys(self) -> list[str]:
+        return [scope.backlog_key for scope in self.places]
 
 
 def _whole_key(stage: str) -> str:

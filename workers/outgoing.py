@@ -16,7 +16,7 @@ import structlog
 from contracts.codec import Entry
 from contracts.failures import MessagingFailureError
 from contracts.messages import arrived, audit_message, decision_message, delivery_message, reply_message
-from contracts.ports import Confirm, DecisionRow, Held, Message, Publisher, Telemetry
+from contracts.ports import Confirm, DecisionRow, Held, Leaving, Message, Publisher, Telemetry
 from contracts.state import AuditRecord, EventState
 from contracts.telemetry import DELIVERIES, Measurement
 from contracts.topology import DECISIONS, REJECTED, reply_queue
@@ -37,7 +37,7 @@ class Wave:
     """What one pass over some entries has gathered to publish, and the locks that it holds.
 
     `replies` are copies for waiting callers. `lost` their lock on the way; `waiting` = on the ladder, until another's
-    lock ends.
+    lock ends. `leaving` the backlog: parked, or decided without a claim of ours.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -46,6 +46,12 @@ class Wave:
     held: dict[tuple[str, str], Held] = field(default_factory=dict)
     lost: list[Entry] = field(default_factory=list)
     waiting: list[Entry] = field(default_factory=list)
+    leaving: list[Leaving] = field(default_factory=list)
+
+    def leave(self, entry: Entry) -> None:
+        """The entry's event is under way no more: nobody waits for it in its stage."""
+        h = entry.header
+        self.leaving.append(Leaving(h.scope, h.event, h.n, h.body_digest))
 
     def let_go(self, held: Held) -> None:
         """The lock was given back, or is another's."""

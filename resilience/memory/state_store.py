@@ -171,9 +171,10 @@ class MemoryRedis:
         if event_id in self.waiting(scope, n):
             self._write(self.waiting(scope, n), event_id, None)
 
-    def trust(self, stage: str) -> None:
-        """Remember that a stage's backlog is whole."""
-        self._write(self.trusted, stage, True)
+    def trust(self, stages: Sequence[str]) -> None:
+        """Remember that these stages' backlogs are whole."""
+        for stage in stages:
+            self._write(self.trusted, stage, True)
 
     def beat(self, boot: str, until: int) -> None:
         """Store a heartbeat."""
@@ -389,7 +390,7 @@ class MemoryStateStore:
 
     async def trust(self, stages: Sequence[str]) -> None:
         """Say that everything which waits for these stages is counted now."""
-        await self._call(lambda _: [self.server.trust(stage) for stage in stages])
+        await self._call(lambda _: self.server.trust(stages))
 
     def _dead_ms(self, now: int) -> int:
         return now - self._policy.state_ttl_s * 1000

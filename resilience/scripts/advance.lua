@@ -1,5 +1,5 @@
 -- Advance entries: store the next version and release the lock, if the lock is still mine.
--- KEYS: one state key per entry, then the backlog sets of each tenant: the event moves to its next stage's, or leaves.
+-- KEYS: one state key per entry, then the backlog of each tenant: the event moves to its next stage's set, or leaves.
 -- ARGV: entries, ttl_s, tombstone_ttl_s, then per entry: tenant's place, received_ms (0: not known), token,
 -- expected version, expected digest, version, digest, body digest, stored, output, tombstone, status ('' unless the version is final).
 -- Answers per entry 1 or 0 (LOST). Absent state is LOST: never create. A repeat after a lost reply answers 1.
@@ -18,9 +18,9 @@ for i = 1, size do
       redis.call('HSET', key, 'v', ARGV[a + 4], 'd', digest, 'b', ARGV[a + 6], 's', ARGV[a + 7], 'o', ARGV[a + 8], 'k', token)
       redis.call('EXPIRE', key, ttl)
     end
-    local first, before, after = size + (tonumber(ARGV[a - 1]) - 1) * SETS + 1, tonumber(f[2]), tonumber(ARGV[a + 4])
-    if before < SETS then leave(KEYS[first + before], event_of(key)) end
-    if after < SETS then enter(KEYS[first + after], received(ARGV[a]), event_of(key)) end
+    local tenant, event = KEYS[size + ARGV[a - 1]], event_of(key)
+    leave(tenant, tonumber(f[2]), event)
+    enter(tenant, tonumber(ARGV[a + 4]), ARGV[a], event)
     answers[i] = 1
   elseif f[4] == token and f[2] == ARGV[a + 4] and f[3] == digest then
     answers[i] = 1

@@ -1,5 +1,5 @@
 -- Claim entries: the compare of the protocol's claim table, first row that fits, and the lock.
--- KEYS: one state key per entry, then the backlog sets of each tenant.
+-- KEYS: one state key per entry, then the backlog of each tenant.
 -- ARGV: entries, token, lease_ms, boot, ttl_s, then per entry: tenant's place, received_ms (0: not known), n, digest,
 -- body digest, install_absent, stored bytes. What is claimed is in the backlog of its stage from then on.
 -- Answers per entry {verdict, version, stored, output, owes_trail, lease_ms, holder}.
@@ -10,7 +10,6 @@ local answers = {}
 for i = 1, size do
   local key, a = KEYS[i], 5 + (i - 1) * 7
   local n, digest, body, install_absent = tonumber(ARGV[a + 3]), ARGV[a + 4], ARGV[a + 5], ARGV[a + 6]
-  local first = size + (tonumber(ARGV[a + 1]) - 1) * SETS + 1
   local f = redis.call('HMGET', key, 'v', 'd', 'b', 'l', 'u', 'h', 'w', 'g')
   local v = f[1] and tonumber(f[1])
   local install = false
@@ -28,7 +27,7 @@ for i = 1, size do
     if f[8] then
       -- It had left (parked and replayed, or its publish was in doubt).
       redis.call('HDEL', key, 'g')
-      enter(KEYS[first + n], received(ARGV[a + 2]), event_of(key))
+      enter(KEYS[size + ARGV[a + 1]], n, ARGV[a + 2], event_of(key))
     end
     local owes = f[7] and 1 or 0
     if f[2] == digest then
@@ -42,10 +41,10 @@ for i = 1, size do
     redis.call('DEL', key)
     redis.call('HSET', key, 'v', n, 'd', digest, 'b', body, 's', ARGV[a + 7], 'l', token, 'u', now + lease, 'h', boot, 'w', 1)
     redis.call('EXPIRE', key, ttl)
-    for set = 0, SETS - 1 do
-      if set ~= n then leave(KEYS[first + set], event_of(key)) end
+    for other = 0, SETS - 1 do
+      if other ~= n then leave(KEYS[size + ARGV[a + 1]], other, event_of(key)) end
     end
-    enter(KEYS[first + n], received(ARGV[a + 2]), event_of(key))
+    enter(KEYS[size + ARGV[a + 1]], n, ARGV[a + 2], event_of(key))
     answers[i] = {'installed', n, '', '', 1, 0, ''}
   end
 end

@@ -1,25 +1,25 @@
 -- Reserve identities at the door: version 0 *is* the reservation, its bytes are kept, its event enters the backlog.
--- KEYS: one state key per entry, then the backlog sets of each tenant.
+-- KEYS: one state key per entry, then the backlog of each tenant.
 -- ARGV: entries, ttl_s, then per entry: tenant's place, received_ms, digest, body digest, stored bytes;
 -- then per tenant the most undecided events ('' for no limit).
 -- Answers per entry {verdict, version, stored bytes or ''}. Repeating a call answers 'repeat': harmless.
 local size, ttl, answers = tonumber(ARGV[1]), tonumber(ARGV[2]), {}
 local room = {}
-local function undecided(first)
+local function undecided(tenant)
   local count = 0
-  for set = first, first + SETS - 1 do count = count + redis.call('ZCARD', KEYS[set]) end
+  for n = 0, SETS - 1 do count = count + redis.call('ZCARD', set_of(tenant, n)) end
   return count
 end
-local function room_of(place, first)
+local function room_of(place, tenant)
   if room[place] then return room[place] end
   local limit = ARGV[2 + size * 5 + place]
   if limit == '' then return math.huge end
-  local count = undecided(first)
+  local count = undecided(tenant)
   if count >= tonumber(limit) then
     local dead = string.format('(%.0f', now_ms() - ttl * 1000)
     -- What outlived its state belongs to no event any more.
-    for set = first, first + SETS - 1 do redis.call('ZREMRANGEBYSCORE', KEYS[set], '-inf', dead) end
-    count = undecided(first)
+    for n = 0, SETS - 1 do redis.call('ZREMRANGEBYSCORE', set_of(tenant, n), '-inf', dead) end
+    count = undecided(tenant)
   end
   room[place] = tonumber(limit) - count
   return room[place]
@@ -27,16 +27,16 @@ end
 for i = 1, size do
   local key, a = KEYS[i], 2 + (i - 1) * 5
   local place = tonumber(ARGV[a + 1])
-  local first = size + (place - 1) * SETS + 1
+  local tenant = KEYS[size + place]
   local f = redis.call('HMGET', key, 'v', 'b', 's', 'g')
   if not f[1] then
-    local left = room_of(place, first)
+    local left = room_of(place, tenant)
     if left <= 0 then
       answers[i] = {'full', 0, ''}
     else
       redis.call('HSET', key, 'v', 0, 'd', ARGV[a + 3], 'b', ARGV[a + 4], 's', ARGV[a + 5])
       redis.call('EXPIRE', key, ttl)
-      enter(KEYS[first], received(ARGV[a + 2]), event_of(key))
+      enter(tenant, 0, ARGV[a + 2], event_of(key))
       if room[place] then room[place] = left - 1 end
       answers[i] = {'new', 0, ARGV[a + 5]}
     end
@@ -46,7 +46,7 @@ for i = 1, size do
     if f[4] then
       -- It had left, and the door will send it once more. Whoever is known is not refused, but counts.
       redis.call('HDEL', key, 'g')
-      enter(KEYS[first], received(ARGV[a + 2]), event_of(key))
+      enter(tenant, 0, ARGV[a + 2], event_of(key))
       if room[place] then room[place] = room[place] - 1 end
     end
     answers[i] = {'repeat', 0, f[3] or ''}

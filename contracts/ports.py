@@ -266,12 +266,15 @@ class StateStore(Protocol):
 class StageBacklog:
     """Undecided, unparked events at a stage, and when the oldest was received (ms since 1970; None: there is none).
 
-    `whole`: since `trust` said so, the state store has forgotten nothing.
+    `whole`: since `trust` said so, the state store has forgotten nothing. `claimed` and `advanced` count attempts that
+    began and that were won, from an arbitrary start on; they begin anew when the state store forgets.
     """
 
     events: int
     oldest_ms: int | None
     whole: bool
+    claimed: int = 0
+    advanced: int = 0
 
 
 class Backlogs(Protocol):

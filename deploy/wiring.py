@@ -115,7 +115,7 @@ async def check_eviction(state_store: RedisStateStore) -> None:
 
 
 def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any, None]:
-    """The work of a role: gateway, ingress, control, worker STAGE, or sink audit|metrics|parking.
+    """The work of a role: gateway, ingress, control, autoscaler, worker STAGE, or sink audit|metrics|parking.
 
     Raises SettingsError for a role that there is not.
     """
@@ -128,6 +128,10 @@ def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any
             return run_gateway(settings)
         case "ingress", None:
             return run_ingress(settings)
+        case "autoscaler", None:
+            from deploy.autoscaler import run_autoscaler
+
+            return run_autoscaler(settings)
         case "worker", str(stage) if stage in STAGES:
             return run_worker(settings, Stage(stage))
         case "sink", "audit" | "metrics" | "parking":

@@ -123,6 +123,16 @@ class ScalingPolicy:
             raise ValueError("calm_s, up_pause_s and down_pause_s are not negative")
 
 
+def policy_within(slo_age_s: float, minimum: int, maximum: int) -> ScalingPolicy:
+    """The default policy for another objective: every patience grows and shrinks with it."""
+    known = ScalingPolicy()
+    times = {
+        name: getattr(known, name) * slo_age_s / known.slo_age_s
+        for name in ("slo_age_s", "drain_s", "calm_s", "up_pause_s", "down_pause_s", "slow_s")
+    }
+    return replace(known, minimum=minimum, maximum=maximum, **times)
+
+
 @dataclass(frozen=True, slots=True)
 class ScalingState:
     """What one decision leaves to the next; the default is a fleet that has just begun.

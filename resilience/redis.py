@@ -168,15 +168,17 @@ class RedisStateStore:
                     pipe.zremrangebyscore(f"{scope.backlog_key}:{n}", "-inf", f"({self._dead_ms(now)}")
                     pipe.zcard(f"{scope.backlog_key}:{n}")
                     pipe.zrange(f"{scope.backlog_key}:{n}", 0, 0, withscores=True)
+                    pipe.hmget(f"{scope.backlog_key}:c", [f"c{n}", f"a{n}"])
             rows = iter(await pipe.execute())
         found = []
         for _ in STAGES:
-            whole, events, oldest = next(rows) == 1, 0, []
+            whole, events, oldest, claimed, advanced = next(rows) == 1, 0, [], 0, 0
             for _ in scopes:
-                _, count, first = next(rows), next(rows), next(rows)
+                _, count, first, attempts = next(rows), next(rows), next(rows), next(rows)
                 events += count
                 oldest += [int(score) for _, score in first]
-            found.append(StageBacklog(events, min(oldest, default=None), whole))
+                claimed, advanced = claimed + int(attempts[0] or 0), advanced + int(attempts[1] or 0)
+            found.append(StageBacklog(events, min(oldest, default=None), whole, claimed, advanced))
         return found
 
     async def undecided(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[int]:

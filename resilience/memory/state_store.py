@@ -94,6 +94,7 @@ class MemoryRedis:
         self.beats: dict[str, int] = {}
         self.members: dict[tuple[TenantScope, int], dict[str, int]] = {}
         self.trusted: dict[str, bool] = {}
+        self.attempts: dict[tuple[str, TenantScope, int], int] = {}
         self.down = False
         self._clock = clock
         self._undo_ms = round(undo_s * 1000)
@@ -107,7 +108,8 @@ class MemoryRedis:
 
     def flush(self) -> None:
         """FLUSHALL: states, suspects, heartbeats and backlog."""
-        tables: tuple[dict[Any, Any], ...] = (self.cells, self.alone, self.beats, self.trusted, *self.members.values())
+        tables: tuple[dict[Any, Any], ...] = (self.cells, self.alone, self.beats, self.trusted, self.attempts)
+        tables += tuple(self.members.values())
         for table in tables:
             for key in list(table):
                 self._write(table, key, None)
@@ -170,6 +172,15 @@ class MemoryRedis:
         scope, event_id = key
         if event_id in self.waiting(scope, n):
             self._write(self.waiting(scope, n), event_id, None)
+
+    def count(self, what: str, scope: TenantScope, n: int) -> None:
+        """Count an attempt at version `n` that was claimed or advanced."""
+        key = (what, scope, n)
+        self._write(self.attempts, key, self.attempts.get(key, 0) + 1)
+
+    def counted(self, what: str, scopes: Sequence[TenantScope], n: int) -> int:
+        """So many attempts of these tenants."""
+        return sum(self.attempts.get((what, scope, n), 0) for scope in scopes)
 
     def trust(self, stages: Sequence[str]) -> None:
         """Remember that these stages' backlogs are whole."""
@@ -300,6 +311,7 @@ class MemoryStateStore:
                 if n != h.n:
                     self.server.leave(key, n)
             self.server.enter(key, h.n, h.received_ms)
+            self.server.count("claimed", h.scope, h.n)
             return Claim(ClaimVerdict.INSTALLED, token, h.n, request.entry.body or None, owes_trail=True)
         if cell.version > h.n:
             return Claim(ClaimVerdict.DONE, token, cell.version, cell.stored or None, cell.output or None)
@@ -308,6 +320,7 @@ class MemoryStateStore:
         cell = self.server.touch(key)
         cell.lock, cell.until, cell.holder = token, now + self._policy.lease_ms, self.boot
         self._return(key, h.received_ms)
+        self.server.count("claimed", h.scope, h.n)
         verdict = ClaimVerdict.GO if cell.digest == h.digest else ClaimVerdict.TWIN
         stored = request.entry.body if verdict is ClaimVerdict.GO else cell.stored
         return Claim(verdict, token, cell.version, stored or None, owes_trail=cell.owes)
@@ -344,6 +357,7 @@ class MemoryStateStore:
                 next_one.stored, next_one.output, next_one.expires = m.stored, m.output, self._state_end(now)
             self.server.put(key, next_one)
             self.server.leave(key, m.expected_version)
+            self.server.count("advanced", m.scope, m.expected_version)
             self.server.enter(key, m.version, m.received_ms)
             return True
         # A repeat after a lost reply finds its own move.
@@ -377,7 +391,13 @@ class MemoryStateStore:
         for scope in scopes:
             self._prune(scope, n, self._dead_ms(_ms(now)))
         received = [ms for scope in scopes for ms in self.server.waiting(scope, n).values()]
-        return StageBacklog(len(received), min(received, default=None), self.server.trusted.get(STAGES[n], False))
+        return StageBacklog(
+            len(received),
+            min(received, default=None),
+            self.server.trusted.get(STAGES[n], False),
+            self.server.counted("claimed", scopes, n),
+            self.server.counted("advanced", scopes, n),
+        )
 
     async def undecided(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[int]:
         """Events of each tenant at any stage."""

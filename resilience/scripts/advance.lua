@@ -20,6 +20,7 @@ for i = 1, size do
     end
     local tenant, event = KEYS[size + ARGV[a - 1]], event_of(key)
     leave(tenant, tonumber(f[2]), event)
+    count('a', f[2])
     enter(tenant, tonumber(ARGV[a + 4]), ARGV[a], event)
     answers[i] = 1
   elseif f[4] == token and f[2] == ARGV[a + 4] and f[3] == digest then
@@ -28,5 +29,5 @@ for i = 1, size do
     answers[i] = 0
   end
 end
-write_sets()
+write_sets(KEYS[size + 1])
 return answers

@@ -32,6 +32,10 @@ local function enter(tenant, n, received, event)
   gather('ZADD', tenant, n, received == '0' and now_ms() or received, event)
 end
 local function leave(tenant, n, event) gather('ZREM', tenant, n, nil, event) end
-local function write_sets()
+-- Attempts begun ('c') and won ('a') per version. Readers add up over all tenants, so a call counts with its first one.
+local attempts = {}
+local function count(what, n) attempts[what .. n] = (attempts[what .. n] or 0) + 1 end
+local function write_sets(tenant)
   for _, list in pairs(gathered) do redis.call(unpack(list)) end
+  for field, number in pairs(attempts) do redis.call('HINCRBY', tenant .. ':c', field, number) end
 end

@@ -29,6 +29,7 @@ for i = 1, size do
       redis.call('HDEL', key, 'g')
       enter(KEYS[size + ARGV[a + 1]], n, ARGV[a + 2], event_of(key))
     end
+    count('c', n)
     local owes = f[7] and 1 or 0
     if f[2] == digest then
       answers[i] = {'go', v, '', '', owes, 0, ''}
@@ -45,8 +46,9 @@ for i = 1, size do
       if other ~= n then leave(KEYS[size + ARGV[a + 1]], other, event_of(key)) end
     end
     enter(KEYS[size + ARGV[a + 1]], n, ARGV[a + 2], event_of(key))
+    count('c', n)
     answers[i] = {'installed', n, '', '', 1, 0, ''}
   end
 end
-write_sets()
+write_sets(KEYS[size + 1])
 return answers

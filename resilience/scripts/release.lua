@@ -14,5 +14,5 @@ for i = 1, leaving do
     leave(KEYS[locks + leaving + ARGV[a + 1]], tonumber(f[1]), event_of(key))
   end
 end
-write_sets()
+write_sets(KEYS[locks + leaving + 1])
 return 1

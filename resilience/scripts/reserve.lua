@@ -54,5 +54,5 @@ for i = 1, size do
     answers[i] = {'repeat', tonumber(f[1]), ''}
   end
 end
-write_sets()
+write_sets(KEYS[size + 1])
 return answers

@@ -159,24 +159,29 @@ class Ours:
 
 @dataclass
 class QueueLength:
-    """KEDA's rule on a queue: as many workers as the backlog holds targets.
+    """KEDA's queue-length rule as Kubernetes carries it out: a ScaledObject becomes an HPA with an AverageValue target.
 
-    `window_s`: the Kubernetes autoscaler's stabilisation on top, the most that was wanted in that time; 0 is the plain
-    rule.
+    Defaults of autoscaling/v2: asked every 15 s, ⌈backlog / target⌉ workers, no change within 10 % of the target, up at
+    once by 100 % or 4 whichever is more, down only to the most that was wanted in the last 300 s. KEDA's own
+    `cooldownPeriod` (300 s) is for the step to zero, which a minimum of one never takes.
     """
 
     target: float
     minimum: int
     maximum: int
-    window_s: int = 0
+    window_s: int = 300
+    tolerance: float = 0.1
     _wanted: deque[tuple[float, int]] = field(default_factory=deque)
 
     def __call__(self, snapshot: MetricsSnapshot) -> int:
         assert snapshot.backlog_events is not None
-        most = min(self.maximum, snapshot.partitions)
-        wanted = min(max(-int(-snapshot.backlog_events // self.target), self.minimum), most)
-        now = snapshot.as_of.timestamp()
+        now, current = snapshot.as_of.timestamp(), snapshot.current
+        ratio = snapshot.backlog_events / (self.target * max(current, 1))
+        wanted = current if abs(ratio - 1) <= self.tolerance else -int(-snapshot.backlog_events // self.target)
+        wanted = min(max(wanted, self.minimum), min(self.maximum, snapshot.partitions))
         self._wanted.append((now, wanted))
-        while self._wanted[0][0] < now - self.window_s:
+        while self._wanted[0][0] <= now - self.window_s:
             self._wanted.popleft()
-        return max(n for _, n in self._wanted)
+        if wanted >= current:
+            return min(wanted, max(2 * current, current + 4))
+        return min(max(n for _, n in self._wanted), current)

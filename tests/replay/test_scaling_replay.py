@@ -65,7 +65,10 @@ def test_less_of_everything_than_the_plain_rule(trace: str, target: int) -> None
 
 @pytest.mark.parametrize("trace", NAMES)
 def test_less_waiting_and_fewer_flaps_even_when_the_plain_rule_knows_the_rate_and_the_objective(trace: str) -> None:
-    """500 events are ten seconds of a worker's work: the best that the plain rule can be set to. It pays less, for it keeps its workers at 100 % and its events waiting."""
+    """500 events are ten seconds of a worker's work: what the plain rule can be set to by who knows both.
+
+    It pays less, for it keeps its workers at 100 % and its events waiting.
+    """
     ours, tuned = score(trace, OURS), score(trace, "backlog / 500")
     assert ours.over_slo_s < tuned.over_slo_s
     assert ours.flaps < tuned.flaps

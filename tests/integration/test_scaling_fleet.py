@@ -1,4 +1,4 @@
-"""The local supervisor obeys the autoscaler: a backlog brings a second worker, its end takes it away, nothing is lost."""
+"""The local supervisor obeys the autoscaler: a backlog brings a second worker, its end takes it away, none is lost."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ async def test_a_backlog_starts_a_second_worker_and_its_end_stops_it_with_nothin
     assert "stopping scoring-2" in fleet.said
 
 
-async def test_a_stage_that_there_is_not_is_a_clear_404_and_the_public_port_does_not_answer(fleet: RunningFleet) -> None:
+async def test_a_stage_that_there_is_not_is_a_clear_404_and_the_public_port_does_not_answer(
+    fleet: RunningFleet,
+) -> None:
     status, problem = await scaling(fleet, "nowhere")
     assert status == 404
     assert "retrieval, scoring, guardrail, decision" in problem["detail"]

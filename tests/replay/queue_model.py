@@ -178,7 +178,7 @@ class QueueLength:
         now, current = snapshot.as_of.timestamp(), snapshot.current
         ratio = snapshot.backlog_events / (self.target * max(current, 1))
         wanted = current if abs(ratio - 1) <= self.tolerance else -int(-snapshot.backlog_events // self.target)
-        wanted = min(max(wanted, self.minimum), min(self.maximum, snapshot.partitions))
+        wanted = min(max(wanted, self.minimum), self.maximum, snapshot.partitions)
         self._wanted.append((now, wanted))
         while self._wanted[0][0] <= now - self.window_s:
             self._wanted.popleft()

@@ -35,14 +35,14 @@ MAXIMUM = 32
 POLICY = ScalingPolicy(minimum=1, maximum=MAXIMUM)
 RECORDED = Path(__file__).with_name("outage.jsonl")
 OURS = "ours"
-RULES = (OURS, "backlog / 20", "backlog / 100", "backlog / 500", "backlog / 100, 300 s")
+TARGETS = (20, 100, 150, 300, 500, 1000)
+"""Events per worker; 20 is the default of KEDA's queue trigger, 500 what a worker does in the 10 s of the objective."""
 
 
 def rule_of(name: str) -> Rule:
     if name == OURS:
         return Ours(POLICY)
-    target, _, window = name.removeprefix("backlog / ").partition(", ")
-    return QueueLength(float(target), 1, MAXIMUM, int(window.removesuffix(" s") or 0))
+    return QueueLength(float(name.removeprefix("KEDA / ")), 1, MAXIMUM)
 
 
 @cache
@@ -50,38 +50,38 @@ def score(trace: str, rule: str) -> Score:
     return replay(BY_NAME[trace], rule_of(rule))[0]
 
 
+def best(trace: str) -> str:
+    """KEDA at the target that is best for this very trace: least time over the objective, then least paid time."""
+    return min(
+        (f"KEDA / {target}" for target in TARGETS),
+        key=lambda rule: (score(trace, rule).over_slo_s, score(trace, rule).worker_s),
+    )
+
+
 # --- beside the queue-length rule -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [20, 100])
-@pytest.mark.parametrize("trace", NAMES)
-def test_less_of_everything_than_the_plain_rule(trace: str, target: int) -> None:
-    """20 is KEDA's default for a queue."""
-    ours, plain = score(trace, OURS), score(trace, f"backlog / {target}")
-    assert ours.over_slo_s < plain.over_slo_s
-    assert ours.worker_s < plain.worker_s
-    assert ours.flaps < plain.flaps
+@pytest.mark.parametrize("trace", [name for name in NAMES if name != "burst"])
+def test_less_of_everything_than_the_queue_length_rule_at_its_best(trace: str) -> None:
+    ours, rival = score(trace, OURS), score(trace, best(trace))
+    assert ours.over_slo_s < rival.over_slo_s
+    assert ours.worker_s < rival.worker_s
+    assert ours.flaps < rival.flaps
 
 
-@pytest.mark.parametrize("trace", NAMES)
-def test_less_waiting_and_fewer_flaps_even_when_the_plain_rule_knows_the_rate_and_the_objective(trace: str) -> None:
-    """500 events are ten seconds of a worker's work: what the plain rule can be set to by who knows both.
-
-    It pays less, for it keeps its workers at 100 % and its events waiting.
-    """
-    ours, tuned = score(trace, OURS), score(trace, "backlog / 500")
-    assert ours.over_slo_s < tuned.over_slo_s
-    assert ours.flaps < tuned.flaps
-
-
-@pytest.mark.parametrize("trace", NAMES)
-def test_less_paid_time_than_a_queue_length_rule_that_stays_up_for_five_minutes(trace: str) -> None:
-    assert score(trace, OURS).worker_s < score(trace, "backlog / 100, 300 s").worker_s
+def test_a_burst_that_comes_again_is_met_for_half_the_price_though_not_sooner() -> None:
+    """What docs/traces.md concedes: a rule that has not gone down before the next burst waits and turns less."""
+    ours, rival = score("burst", OURS), score("burst", best("burst"))
+    assert ours.worker_s < rival.worker_s / 2
+    assert ours.over_slo_s > rival.over_slo_s
+    # At the price that KEDA must ask for as little, it keeps events waiting longer.
+    cheap = replay(BY_NAME["burst"], QueueLength(5000, 1, MAXIMUM))[0]
+    assert cheap.over_slo_s > 3 * ours.over_slo_s
 
 
 def test_the_documented_table_is_what_comes_out() -> None:
     rows = {(trace, rule): [int(n.replace(",", "")) for n in figures] for trace, rule, *figures in table()}
-    assert set(rows) == {(trace, rule) for trace in NAMES for rule in RULES}
+    assert set(rows) == {(trace, rule) for trace in NAMES for rule in (OURS, best(trace), "KEDA / 20")}
     for (trace, rule), figures in rows.items():
         found = score(trace, rule)
         # Another machine's logarithm may differ in the last digit, and a queue at a boundary with it.
@@ -89,7 +89,7 @@ def test_the_documented_table_is_what_comes_out() -> None:
 
 
 def table() -> list[list[str]]:
-    return table_of("docs/traces.md", "## Beside a queue-length rule")
+    return table_of("docs/traces.md", "## Beside KEDA's queue-length rule")
 
 
 # --- what it does on the way ------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_rates_between_two_looks() -> None:
 def test_a_worker_that_was_not_always_busy_has_no_rate() -> None:
     found = snapshot_between("scoring", SEEN, after(events=10, claimed=7_000, advanced=6_990), 2, 4)
     assert found.service_rate is None
-    assert found.arrival_rate == 202.0
+    assert found.arrival_rate == 220.0  # never below the messages: 100 of them
 
 
 @pytest.mark.parametrize("later", [after(claimed=0), after(advanced=0), replace(SEEN, as_of=NOW)])

@@ -16,7 +16,7 @@ from tests.integration.fleet_fixture import RunningFleet, eventually, show, some
 pytestmark = pytest.mark.integration
 
 SETTINGS = {"workers_max": 2, "scaling_period_s": 0.5, "scaling_slo_s": 1.0, "group": 8, "prefetch": 8}
-EVENTS = 3_000
+EVENTS = 1_500
 
 
 async def scaling(fleet: RunningFleet, stage: str) -> tuple[int, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_counts_are_trusted_once_the_queues_were_empty_twice() -> None:
     assert not is_whole(replace(SEEN, messages=0), replace(SEEN, messages=0))  # it is already
 
 
-def after(**counts: int) -> Sighting:
+def after(**counts: Any) -> Sighting:
     return replace(SEEN, as_of=NOW + timedelta(seconds=5), counted=replace(SEEN.counted, **counts))
 
 

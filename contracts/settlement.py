@@ -35,7 +35,17 @@ class Pause:
     reason: str
 
 
-Settlement = Ack | Pause
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Only this delivery has to wait: it stays unacked and is worked on again in `seconds`; its neighbours go on.
+
+    A queue whose deliveries wait fills its consumer's prefetch, and so is consumed as fast as they stop waiting.
+    """
+
+    seconds: float
+
+
+Settlement = Ack | Pause | Wait
 
 
 def failure_headers(letter: DeadLetter) -> dict[str, Any]:

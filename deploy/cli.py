@@ -146,6 +146,12 @@ def control() -> None:
 
 
 @app.command()
+def autoscaler() -> None:
+    """Decides how many workers each stage should have; answers on RISKFLEET_SCALING_PORT and starts nothing."""
+    role.run("autoscaler", None, None)
+
+
+@app.command()
 def worker(stage: Stage, health_port: HealthPort = None) -> None:
     """One stage's worker over all partitions."""
     role.run("worker", stage, health_port)

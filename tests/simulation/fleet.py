@@ -258,12 +258,12 @@ class Process(Owner):
     def _door(self, store: Any, publisher: Any, ledger: Any, probe: Callable[[], Awaitable[None]]) -> None:
         f = self.fleet
         refusals = RefusalLog(RefusalCounter(RefusalPolicy(self.boot)), publisher, f.counts, self.clock, f.partitions)
-        ports = IntakePorts(store, publisher, ledger, f.counts, self.clock, self.ids)
+        directory = MemoryDirectory(f.database)
+        ports = IntakePorts(store, publisher, ledger, f.counts, self.clock, self.ids, directory)
         self.intake = Intake(ports, refusals, f.partitions)
         self._spawn(refusals.run(asyncio.Event()))
         if self.kind == "ingress":
             labels = LabelDesk(publisher, f.counts, self.clock, refusals)
-            directory = MemoryDirectory(f.database)
             ingress = Ingress(self.intake, labels, directory, publisher, refusals, self.clock, self.ids)
             self._consume([UNROUTED, *(tenant.ingest_queue for tenant in TENANTS)], ingress.handle, probe)
 

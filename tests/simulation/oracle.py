@@ -123,10 +123,12 @@ def _parks(seen: Observed, letters: Sequence[StoredLetter], poisons: int) -> lis
     undecodable = [letter for letter in letters if not letter.event_id]
     if len(undecodable) != poisons:
         found.append(f"{poisons} poison messages ended as {len(undecodable)} dead letters")
-    for letter in letters:
-        if letter.event_id and letter.problem != _CONFLICT and not (letter.problem == _DIED and seen.kills >= 4):
-            found.append(f"{letter.event_id} was parked at {letter.stage}: {letter.problem} {letter.exception_class}")
-    return found
+    expected = {_CONFLICT, _DIED} if seen.kills >= 4 else {_CONFLICT}
+    return found + [
+        f"{letter.event_id} was parked at {letter.stage}: {letter.problem} {letter.exception_class}"
+        for letter in letters
+        if letter.event_id and letter.problem not in expected
+    ]
 
 
 def _one_outcome(seen: Observed, rows: dict[tuple[str, str], StoredDecision]) -> list[str]:

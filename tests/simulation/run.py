@@ -159,7 +159,7 @@ class Run:
         message = Message(
             INGEST, f"{scope}.{kind}", one.body, one.identity, user_id=f"up-{scope}", content_type="application/json"
         )
-        while (await publisher.publish([message]))[0] is not Confirm.CONFIRMED:
+        while (await publisher.publish([message]))[0] is not Confirm.CONFIRMED:  # noqa: ASYNC110 - asked again
             await asyncio.sleep(1.0)
         answer.accepted = True
         self.answers.append(answer)

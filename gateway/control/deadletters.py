@@ -166,7 +166,7 @@ def calls(desk: Desk) -> list[Call]:
             _REQUEST,
             "showLetterRequest",
             "One request, and what is left of it",
-            door.show_request,
+            door.asked,
             LetterRequest,
             request,
         ),

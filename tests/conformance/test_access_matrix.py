@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -115,8 +115,8 @@ def control() -> tuple[Surface, Behind, Tenants]:
         people=behind,  # type: ignore[arg-type]
         approvals=behind,  # type: ignore[arg-type]
         looking=behind,  # type: ignore[arg-type]
-        letters=behind,  # type: ignore[arg-type]
-        redecider=behind,  # type: ignore[arg-type]
+        letters=cast("Any", behind),
+        redecider=cast("Any", behind),
         telemetry=RecordingTelemetry(),
         clock=SteppingClock(),
         committed=lambda: None,

@@ -118,8 +118,12 @@ class ReasonToReveal(BaseModel):
 
 
 def calls(desk: Desk) -> list[Call]:
-    """The calls of this room."""
+    """The calls of this room. Names of their own come before {letter_id}: the first path that fits is taken."""
     door = _Door(desk)
+    return [*_lists(door), *_commands(door), *_requests(door), *_one(door)]
+
+
+def _lists(door: _Door) -> list[Call]:
     when = {"type": "string", "format": "date-time"}
     tenant = Parameter("tenant", "query", "Only of this tenant; _system: of nobody. Default: all that are yours.")
     filters = (
@@ -129,69 +133,47 @@ def calls(desk: Desk) -> list[Call]:
         Parameter("parked_before", "query", "Parked before then.", when),
         *(AFTER, limit_parameter(MAX_PAGE)),
     )
-    letter = Parameter("letter_id", "path", "The dead letter.")
-    request = Parameter("request_id", "path", "The request.")
-    read, resolve = Permission.DEADLETTERS_READ, Permission.DEADLETTERS_RESOLVE
     groups, listed = "Dead letters by fingerprint, the newest first", "Dead letters, the newest first"
-    return [  # what has a name of its own comes before {letter_id}: the first path that fits is taken
+    return [
         _read(_LETTERS, "listDeadLetters", listed, door.page, LetterPage, *filters),
-        _read("/ops/v1/dead-letters/groups", "groupDeadLetters", groups, door.groups, GroupPage, *filters),
-        _read("/ops/v1/dead-letters/allowance", "letterAllowance", "What one may do alone", door.allowance, Allowance),
-        _act(
-            "/ops/v1/dead-letters/dry-run",
-            ("dryRunDeadLetters", "What a replay would do now; sends nothing", door.dry_run),
-            read,
-            (LettersToTry, DryRun),
-        ),
-        _act(
-            "/ops/v1/dead-letters/replay",
-            ("replayDeadLetters", "Send dead letters again, each once", door.replay),
-            resolve,
-            (LettersToReplay, Resolved),
-        ),
-        _act(
-            "/ops/v1/dead-letters/discard",
-            ("discardDeadLetters", "Give dead letters up: their events fail", door.discard),
-            resolve,
-            (LettersToDiscard, Resolved),
-        ),
-        _read(_REQUESTS, "listLetterRequests", "The newest requests about many letters", door.requests, RequestList),
-        _act(
-            _REQUESTS,
-            ("makeLetterRequest", "Ask another person to confirm a command about many letters", door.request),
-            resolve,
-            (NewLetterRequest, LetterRequest),
-        ),
-        _read(
-            _REQUEST,
-            "showLetterRequest",
-            "One request, and what is left of it",
-            door.asked,
-            LetterRequest,
-            request,
-        ),
-        _act(
-            f"{_REQUEST}/confirm",
-            ("confirmLetterRequest", "Confirm somebody else's request", door.confirm),
-            resolve,
-            (None, LetterRequest),
-            request,
-        ),
-        _act(
-            f"{_REQUEST}/withdraw",
-            ("withdrawLetterRequest", "Withdraw a request", door.withdraw),
-            resolve,
-            (None, LetterRequest),
-            request,
-        ),
+        _read(f"{_LETTERS}/groups", "groupDeadLetters", groups, door.groups, GroupPage, *filters),
+        _read(f"{_LETTERS}/allowance", "letterAllowance", "What one may do alone", door.allowance, Allowance),
+    ]
+
+
+def _commands(door: _Door) -> list[Call]:
+    tried = ("dryRunDeadLetters", "What a replay would do now; sends nothing", door.dry_run)
+    replayed = ("replayDeadLetters", "Send dead letters again, each once", door.replay)
+    discarded = ("discardDeadLetters", "Give dead letters up: their events fail", door.discard)
+    resolve = Permission.DEADLETTERS_RESOLVE
+    return [
+        _act(f"{_LETTERS}/dry-run", tried, Permission.DEADLETTERS_READ, (LettersToTry, DryRun)),
+        _act(f"{_LETTERS}/replay", replayed, resolve, (LettersToReplay, Resolved)),
+        _act(f"{_LETTERS}/discard", discarded, resolve, (LettersToDiscard, Resolved)),
+    ]
+
+
+def _requests(door: _Door) -> list[Call]:
+    request, resolve = Parameter("request_id", "path", "The request."), Permission.DEADLETTERS_RESOLVE
+    listed, one_of_them = "The newest requests about many letters", "One request, and what is left"
+    made = ("makeLetterRequest", "Ask another person to confirm a command about many letters", door.request)
+    confirmed = ("confirmLetterRequest", "Confirm somebody else's request", door.confirm)
+    withdrawn = ("withdrawLetterRequest", "Withdraw a request", door.withdraw)
+    return [
+        _read(_REQUESTS, "listLetterRequests", listed, door.requests, RequestList),
+        _act(_REQUESTS, made, resolve, (NewLetterRequest, LetterRequest)),
+        _read(_REQUEST, "showLetterRequest", one_of_them, door.asked, LetterRequest, request),
+        _act(f"{_REQUEST}/confirm", confirmed, resolve, (None, LetterRequest), request),
+        _act(f"{_REQUEST}/withdraw", withdrawn, resolve, (None, LetterRequest), request),
+    ]
+
+
+def _one(door: _Door) -> list[Call]:
+    letter = Parameter("letter_id", "path", "The dead letter.")
+    revealed = ("revealDeadLetter", "The bytes of one dead letter", door.reveal)
+    return [
         _read(_ONE, "showDeadLetter", "One dead letter: history, sizes, digests", door.show, LetterView, letter),
-        _act(
-            f"{_ONE}/reveal",
-            ("revealDeadLetter", "The bytes of one dead letter", door.reveal),
-            Permission.DEADLETTERS_PAYLOAD,
-            (ReasonToReveal, LetterPayload),
-            letter,
-        ),
+        _act(f"{_ONE}/reveal", revealed, Permission.DEADLETTERS_PAYLOAD, (ReasonToReveal, LetterPayload), letter),
     ]
 
 

@@ -215,7 +215,7 @@ async def test_synchronous_commit_off_is_refused(engine: AsyncEngine, database: 
 
 
 async def test_a_letter_waits_for_whoever_decides_its_event(
-    engine: AsyncEngine, scope: TenantScope, clock: SteppingClock
+    engine: AsyncEngine, scope: TenantScope, clock: SetClock
 ) -> None:
     """Else neither would see the other, and the letter of a decided event would stay open."""
     at = "2026-01-31T12:00:00Z"

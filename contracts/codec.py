@@ -36,7 +36,8 @@ class EntryHeader:
 
     `attempts` counts the entry's own failures at this stage; `first_failed_at` is the time (RFC 3339)
     of the first of them; `suspect` says that a process died while it held the entry. `received_ms`: when a door
-    accepted the event (ms since 1970), 0 when an earlier release made the entry.
+    accepted the event (ms since 1970), 0 when an earlier release made the entry. `replays` counts how often an
+    operator sent it again from a dead letter.
     """
 
     tenant: str
@@ -52,6 +53,7 @@ class EntryHeader:
     suspect: bool = False
     reply_to: str | None = None
     received_ms: int = 0
+    replays: int = 0
 
     @property
     def scope(self) -> TenantScope:
@@ -68,9 +70,10 @@ class Entry:
 
     @property
     def message_id(self) -> str:
-        """Unique per version, stage and attempt, so that two publishes in flight never share an id."""
+        """Unique per version, stage, attempt and replay, so that two publishes in flight never share an id."""
         h = self.header
-        return f"{h.event}:{h.n}:{h.digest[:16]}:{h.stage}:{h.attempts}{'s' if h.suspect else ''}"
+        again = f"r{h.replays}" if h.replays else ""
+        return f"{h.event}:{h.n}:{h.digest[:16]}:{h.stage}:{h.attempts}{'s' if h.suspect else ''}{again}"
 
     def evolve(self, **changes: Any) -> Entry:
         """The same stored bytes under a changed header."""
@@ -78,7 +81,7 @@ class Entry:
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {
-    name: (int,) if name in ("n", "attempts", "received_ms") else (bool,) if name == "suspect" else (str,)
+    name: (int,) if name in ("n", "attempts", "received_ms", "replays") else (bool,) if name == "suspect" else (str,)
     for name in EntryHeader.__dataclass_fields__
 } | {"first_failed_at": (str, type(None)), "reply_to": (str, type(None))}
 

@@ -346,6 +346,10 @@ class Ledger(Protocol):
         """Whether the `events` table has each event."""
         ...
 
+    async def failed(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[bool]:
+        """Whether a person discarded the dead letter of each event; a decision that came all the same stands."""
+        ...
+
     async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
         """The subject's earlier events, by `events`; the event itself and later ones are not counted."""
         ...
@@ -403,7 +407,10 @@ class AuditLog(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One parked entry: why, and the bytes to replay. `letter_id` names entry and attempt."""
+    """One parked entry: why, and the bytes to replay. `letter_id` names entry, attempt and replay.
+
+    `replays` counts how often an operator had sent it again before it failed this time.
+    """
 
     letter_id: str
     scope: TenantScope | None
@@ -417,13 +424,14 @@ class DeadLetter:
     first_failed_at: str
     last_failed_at: str
     body: bytes
+    replays: int = 0
 
 
 class DeadLetters(Protocol):
     """The table `dead_letters`."""
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
-        """Insert once each; a repeat changes nothing."""
+        """Insert once each, closed when a stage parked it whose event is decided; a repeat changes nothing."""
         ...
 
 
@@ -504,6 +512,17 @@ class Simulator(Protocol):
 
     async def simulate(self, scope: TenantScope, event: Event) -> Decision:
         """The decision that the event would get now. Raises LimitExceededError when too many run at once."""
+        ...
+
+
+class Redecider(Protocol):
+    """Carries an event on from the version that it has reached, without recording or sending anything."""
+
+    async def redecide(self, state: EventState) -> Decision:
+        """The decision that this version would come to now, on its own pins if it has them.
+
+        Raises what its stages would raise, and LimitExceededError when too many run at once.
+        """
         ...
 
 

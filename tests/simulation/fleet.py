@@ -69,14 +69,14 @@ LEASE_S: Final = 10.0
 _BEAT_TTL_S: Final = 6.0
 _FOR_EVER_MS: Final = 1 << 50
 
-_CALLS: Final = {
+_CALLS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(STAGES, ("claim", "advance", "publish")),
     "gateway": ("reserve", "publish"),
     "ingress": ("reserve", "publish"),
     "sink-audit": ("append",),
     "sink-parking": ("park",),
 }
-_MORE: Final = {
+_MORE: Final[dict[str, tuple[str, ...]]] = {
     Stage.RETRIEVAL: ("record_events", "active", "histories"),
     Stage.SCORING: ("artifacts",),
     Stage.GUARDRAIL: ("artifacts",),

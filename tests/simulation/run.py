@@ -50,7 +50,7 @@ class Run:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.random = Random(plan.seed)
-        self.loop = VirtualLoop(self.random)
+        self.loop = VirtualLoop(self.random)  # type: ignore[abstract] # what it lacks needs a real world
         self.answers: list[Answered] = []
         self.struck = 0
         self._left: list[list[Any]] = [[strike, strike.hit] for strike in plan.strikes]

@@ -22,11 +22,11 @@ from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from contracts.topology import (
     DECISIONS,
-    DELIVERY_QUEUE,
     LABELS_QUEUE,
     REJECTED,
     WORK,
     audit_queue,
+    delivery_rung,
     first_rung,
     parked_queue,
     rung_exchange,
@@ -141,11 +141,10 @@ _DELIVERY_HEADER = "x-riskfleet-delivery"
 
 
 def delivery_message(message: Message, attempt: int, delay_ms: int) -> Message:
-    """A decision that was not confirmed, on its way round the ladder; `undelivered` reads it when it comes back.
+    """A decision that was not confirmed, on its way round its own ladder; `undelivered` reads it when it comes back.
 
     `attempt` counts from 1. The id names the attempt, so that two rounds never look like one message.
     """
-    rung = first_rung(delay_ms)
     envelope = {
         "exchange": message.exchange,
         "routing_key": message.routing_key,
@@ -156,8 +155,8 @@ def delivery_message(message: Message, attempt: int, delay_ms: int) -> Message:
         "attempt": attempt,
     }
     return Message(
-        exchange=rung_exchange(rung),
-        routing_key=DELIVERY_QUEUE,
+        exchange=WORK,
+        routing_key=delivery_rung(delay_ms),
         body=message.body,
         message_id=f"delivery:{message.message_id}:{attempt}",
         headers={_DELIVERY_HEADER: canonical_json(envelope).decode()},

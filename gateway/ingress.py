@@ -214,7 +214,14 @@ class Ingress:
         refused = [m for m, confirm in answers if confirm is Confirm.REFUSED and m.exchange in (DECISIONS, REJECTED)]
         if not all(arrived(message, confirm) or message in refused for message, confirm in answers):
             raise MessagingFailureError
-        await self._publish(*(delivery_message(message, 1, _DELIVERY_WAIT_MS) for message in refused))
+        rounds = [delivery_message(message, 1, _DELIVERY_WAIT_MS) for message in refused]
+        confirms = await self._publisher.publish(rounds) if rounds else ()
+        # A ladder that is full refuses too: decisions are in the feed, and a rejection has its audit record.
+        full = sum(confirm is Confirm.REFUSED for confirm in confirms)
+        if not all(confirm in (Confirm.CONFIRMED, Confirm.REFUSED) for confirm in confirms):
+            raise MessagingFailureError
+        if full:
+            log.warning("submission_answer_left", count=full)
 
 
 def check_envelope(delivery: Delivery, scope: TenantScope) -> Kind | Literal["label"]:

@@ -31,6 +31,7 @@ from contracts.topology import (
     RUNGS,
     STAGES,
     Stage,
+    delivery_rung,
     reply_queue,
     rung_exchange,
     stage_queue,
@@ -687,7 +688,7 @@ class PickyBroker(TwinBroker):
         return [answer or next(confirms) for answer in answers]
 
     def delivery_rounds(self) -> list[Message]:
-        return [message for message in self.ladder() if message.routing_key == DELIVERY_QUEUE]
+        return [message for message in self.messages if message.routing_key.startswith(f"{DELIVERY_QUEUE}.")]
 
 
 def picky_fleet(picky: Callable[[Message], Confirm | None]) -> tuple[Fleet, PickyBroker]:
@@ -708,7 +709,7 @@ async def test_a_decision_that_the_broker_does_not_take_holds_up_no_stage(
         broker.asked.clear()
     assert await fleet.worker.deliver(DECISION, body) == Ack()
     (sent,) = broker.delivery_rounds()
-    assert sent.exchange == rung_exchange("1s")
+    assert sent.routing_key == delivery_rung(1_000)
     asked = [message for message in broker.asked if message.exchange == DECISIONS]
     assert len(asked) == tries
     assert undelivered(sent.headers, sent.body) == (asked[0], 1)
@@ -741,10 +742,28 @@ async def test_a_rejection_that_the_broker_refuses_holds_up_no_stage() -> None:
     assert undelivered(sent.headers, sent.body)[0].routing_key == "acme.idempotency-conflict"
 
 
-@pytest.mark.parametrize("ladder", [Confirm.REFUSED, Confirm.UNKNOWN, Confirm.UNROUTABLE])
-async def test_a_delivery_ladder_that_does_not_confirm_pauses_the_stage(ladder: Confirm) -> None:
+def _refusing_decisions(ladder: Confirm) -> Callable[[Message], Confirm | None]:
     def picky(message: Message) -> Confirm | None:
-        return {DECISIONS: Confirm.REFUSED, rung_exchange("1s"): ladder}.get(message.exchange)
+        if message.exchange == DECISIONS:
+            return Confirm.REFUSED
+        return ladder if message.routing_key == delivery_rung(1_000) else None
+
+    return picky
+
+
+async def test_a_delivery_ladder_that_is_full_holds_up_no_stage() -> None:
+    """A tenant whose queue refuses for a day fills the ladder: its decisions are rows, and the feed has them."""
+    fleet, broker = picky_fleet(_refusing_decisions(Confirm.REFUSED))
+    body = await fleet.to(DECISION)
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    assert fleet.telemetry.count("riskfleet_decision_deliveries_total", result="left") == 1
+    assert (ACME, EVENT) in fleet.ledger.rows
+    assert not broker.delivery_rounds()
+
+
+@pytest.mark.parametrize("ladder", [Confirm.UNKNOWN, Confirm.UNROUTABLE])
+async def test_a_delivery_ladder_that_does_not_answer_pauses_the_stage(ladder: Confirm) -> None:
+    picky = _refusing_decisions(ladder)
 
     fleet, broker = picky_fleet(picky)
     body = await fleet.to(DECISION)

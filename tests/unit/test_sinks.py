@@ -16,7 +16,7 @@ from contracts.ports import Confirm, DecisionRow, Delivery, Message
 from contracts.settlement import Ack, Pause, letter_from
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
-from contracts.topology import DELIVERY_QUEUE, LABELS_QUEUE, parked_queue, rung_exchange
+from contracts.topology import DELIVERY_QUEUE, LABELS_QUEUE, WORK, parked_queue
 from tests.fakes import InMemoryLedger, RecordingPublisher, RecordingTelemetry, SteppingClock
 from workers.sinks.audit import AuditSink
 from workers.sinks.delivery import MOST_ATTEMPTS, DeliverySink
@@ -221,7 +221,7 @@ async def test_what_is_not_taken_goes_round_again_and_slower(answer: Confirm, at
     assert await parts.sink.handle([came_back(attempt)]) == [Ack()]
     sent, again = parts.publisher.messages
     assert sent == DECISION
-    assert (again.exchange, again.routing_key) == (rung_exchange(rung), DELIVERY_QUEUE)
+    assert (again.exchange, again.routing_key) == (WORK, f"{DELIVERY_QUEUE}.{rung}")
     assert undelivered(again.headers, again.body) == (DECISION, attempt + 1)
     assert parts.count("again") == 1
 
@@ -232,6 +232,14 @@ async def test_a_day_of_refusals_ends_without_a_message_and_is_counted() -> None
     assert await parts.sink.handle([came_back(MOST_ATTEMPTS)]) == [Ack()]
     assert parts.publisher.messages == [DECISION]
     assert parts.count("given_up") == 1
+
+
+async def test_a_ladder_that_is_full_leaves_the_decision_to_the_feed_and_holds_up_no_other_tenant() -> None:
+    parts = DeliveryParts()
+    other = replace(DECISION, message_id="other:1")
+    parts.publisher.answers = [Confirm.REFUSED, Confirm.CONFIRMED, Confirm.REFUSED]
+    assert await parts.sink.handle([came_back(1), came_back(1, other)]) == [Ack(), Ack()]
+    assert (parts.count("left"), parts.count("delivered"), parts.count("again")) == (1, 1, 0)
 
 
 async def test_a_round_that_the_ladder_does_not_take_keeps_its_delivery_and_no_other() -> None:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from deploy import keys
 from deploy.credentials import authenticator, token_issuer
 from deploy.settings import Settings
-from deploy.wiring import Kit, background, health_door, kit, stop_signal
+from deploy.stopping import stop_signal
+from deploy.wiring import Kit, background, health_door, kit
 from gateway.control.app import create_control
 from gateway.control.desk import Desk
 from gateway.health import CollectorRegistry, serve

@@ -40,6 +40,8 @@ Probe = Callable[[], Awaitable[None]]
 
 _CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
 _START_S = 15.0
+_FINISH_S, _RELEASE_S, _CLOSE_S = 8.0, 2.0, 4.0
+"""How long a stop waits for the group in hand, for a stuck one to let go, and for the connection to close (s)."""
 _REPLIES = 10_000
 """Copies of decisions that may wait for a process to read them; the oldest are dropped beyond that."""
 
@@ -146,7 +148,9 @@ class RabbitPublisher:
     async def close(self) -> None:
         """Close the connection."""
         if self._connection is not None:
-            await self._connection.close()
+            with contextlib.suppress(*_CLIENT_ERRORS):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._connection.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,8 +366,9 @@ class RabbitConsumer:
         if self._watcher is not None:
             self._watcher.cancel()
         if self._loop is not None:
-            await asyncio.wait({self._loop}, timeout=10)
+            await asyncio.wait({self._loop}, timeout=_FINISH_S)
             self._loop.cancel()
+            await asyncio.wait({self._loop}, timeout=_RELEASE_S)  # a group that is stuck still gives its locks back
         broker, self._broker = self._broker, None
         if broker is not None:
             await _close(broker)
@@ -482,7 +487,7 @@ async def _start(broker: RabbitBroker) -> None:
 async def _close(broker: RabbitBroker) -> None:
     """Close a broker's connection; one that is gone already may answer with any error, or never."""
     with contextlib.suppress(*_CLIENT_ERRORS):
-        async with asyncio.timeout(_START_S):
+        async with asyncio.timeout(_CLOSE_S):
             await broker.stop()
 
 

@@ -7,7 +7,7 @@ again after a lost confirm is the same message. Nothing here publishes or waits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -45,13 +45,30 @@ def arrived(message: Message, confirm: Confirm) -> bool:
 
 def stage_message(entry: Entry, partitions: int) -> Message:
     """A carrier of one entry to the queue of its stage and its tenant's partition."""
-    return Message(
-        exchange=WORK,
-        routing_key=_queue_of(entry, partitions),
-        body=encode_carrier((entry,)),
-        message_id=entry.message_id,
-        headers={CARRIER_HEADER: 1},
-    )
+    (message,) = stage_messages((entry,), partitions)
+    return message
+
+
+def stage_messages(entries: Iterable[Entry], partitions: int) -> list[Message]:
+    """Carriers to the queues of their stages and partitions: what is ready together travels together.
+
+    Entries of one queue keep their order, and `codec.carriers` says where one carrier ends. The id of a carrier
+    depends on what it holds, so the same entries again are the same message.
+    """
+    queues: dict[str, list[Entry]] = {}
+    for entry in entries:
+        queues.setdefault(_queue_of(entry, partitions), []).append(entry)
+    return [
+        Message(
+            exchange=WORK,
+            routing_key=queue,
+            body=encode_carrier(group),
+            message_id=group[0].message_id if len(group) == 1 else _hash(*(entry.message_id for entry in group)),
+            headers={CARRIER_HEADER: len(group)},
+        )
+        for queue, members in queues.items()
+        for group in carriers(members)
+    ]
 
 
 def ladder_message(entry: Entry, delay_ms: int, partitions: int) -> Message:

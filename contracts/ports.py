@@ -13,7 +13,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Protocol
 
-from contracts.codec import Entry
+from contracts.codec import CARRIER_HEADER, MAX_ENTRIES, Entry
 from contracts.events import Event
 from contracts.identity import Principal
 from contracts.labels import Label
@@ -90,6 +90,18 @@ class Delivery:
     headers: Mapping[str, Any] = field(default_factory=dict)
     redelivered: bool = False
     seen: bool = False
+
+    @property
+    def events(self) -> int:
+        """How many entries it holds by its header, which is its sender's word: 1 to 64."""
+        said = self.headers.get(CARRIER_HEADER)
+        return min(max(said, 1), MAX_ENTRIES) if isinstance(said, int) else 1
+
+    @property
+    def returns(self) -> int:
+        """How often the broker took it back unacked; at least once when it was redelivered."""
+        counted = self.headers.get("x-delivery-count")
+        return max(counted if isinstance(counted, int) else 0, int(self.redelivered))
 
 
 class Publisher(Protocol):

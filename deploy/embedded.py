@@ -73,7 +73,7 @@ BANNER: Final = "embedded: everything is in memory and ends with this process; i
 TENANT: Final = TenantScope("demo")
 _AT_ONCE: Final = 256
 _LOOK_S: Final = 0.02
-_SINK: Final = ConsumerPolicy(prefetch=512, group=256)
+_SINK: Final = ConsumerPolicy(prefetch=512, group=1_024)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Settings(BaseModel):
     tombstone_ttl: int = Field(86_400, ge=1, description="Seconds that a decided event is remembered in Redis")
     lease_ms: int = Field(10_000, ge=100, le=10_000, description="Milliseconds that a claim lasts")
     prefetch: int = Field(128, ge=1, le=2_000, description="Unacked messages per consumer")
-    group: int = Field(64, ge=1, le=64, description="Deliveries that a worker settles together at most")
+    group: int = Field(64, ge=1, le=256, description="Events that a worker gathers before it settles them together")
     retry_waits_ms: tuple[int, ...] = Field((1_000, 5_000, 15_000, 30_000), description="Waits between attempts")
     publish_timeout_s: float = Field(5.0, gt=0, description="Seconds until a missing confirm counts as unknown")
 

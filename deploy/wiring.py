@@ -56,7 +56,7 @@ log = structlog.get_logger("role")
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
-_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S = 512, 256, 0.05
+_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S = 512, 1_024, 0.05
 
 
 @dataclass(frozen=True, slots=True)

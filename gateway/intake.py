@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from contracts.codec import Entry, entry_of, state_from_bytes
+from contracts.codec import Entry, carriers, entry_of, state_from_bytes
 from contracts.events import Event, body_digest_of, event_id_of, parse_event
 from contracts.failures import (
     DomainValidationError,
@@ -30,7 +30,7 @@ from contracts.failures import (
     fingerprint,
 )
 from contracts.lifecycle import Status
-from contracts.messages import stage_message
+from contracts.messages import stage_messages
 from contracts.outcomes import STATUS_OF, Outcome
 from contracts.ports import (
     Clock,
@@ -168,6 +168,8 @@ class Intake:
         self._refusals = refusals
         self._partitions = partitions
         self._reservations: Gathered[Entry, Reservation] = Gathered(ports.state_store.reserve)
+        # By partition: a queue that does not answer must not hold up the others.
+        self._publishing: dict[int, Gathered[Entry, Confirm]] = {}
         self._decisions: Gathered[tuple[TenantScope, str], DecisionRow | None] = Gathered(ports.ledger.decisions)
 
     async def admit(self, submission: Submission) -> Admission | Refusal:
@@ -309,9 +311,15 @@ class Intake:
         return replace(admission, status=STATUS_OF[Outcome(row.outcome)], decision=row)
 
     async def _publish(self, entry: Entry) -> None:
-        (confirm,) = await self._ports.publisher.publish((stage_message(entry, self._partitions),))
+        queue = entry.header.scope.partition(self._partitions)
+        confirm = await self._publishing.setdefault(queue, Gathered(self._publish_carriers)).one(entry)
         if confirm is not Confirm.CONFIRMED:
             raise MessagingFailureError(_NOT_CONFIRMED[confirm])
+
+    async def _publish_carriers(self, entries: Sequence[Entry]) -> list[Confirm]:
+        """Entries of one queue, as few messages as they need; each shares its carrier's confirm."""
+        confirms = await self._ports.publisher.publish(stage_messages(entries, self._partitions))
+        return [confirm for group, confirm in zip(carriers(entries), confirms, strict=True) for _ in group]
 
     def _measure(self, door: Door, verdict: Admission | Refusal, seconds: float) -> None:
         self._ports.telemetry.record(Measurement(REQUEST_SECONDS, seconds, {"door": door}))

@@ -164,8 +164,9 @@ class PausePolicy:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerPolicy:
-    """How much a consumer holds: unacked messages per queue, and the largest group given to its handler.
+    """How much a consumer holds: unacked messages per queue, and the events after which a group is large enough.
 
+    A group ends with the carrier that fills it, so it holds fewer than `group` + 64 events.
     `linger_s` is for sinks only: nobody waits for a record, so a group may gather for a moment and cost one commit.
     """
 
@@ -307,8 +308,10 @@ class RabbitConsumer:
         group = [taker.result()]
         if self._policy.linger_s and self._waiting.qsize() < self._policy.group:
             await asyncio.sleep(self._policy.linger_s)
-        while len(group) < self._policy.group and not self._waiting.empty():
+        events = group[0].delivery.events
+        while events < self._policy.group and not self._waiting.empty():
             group.append(self._waiting.get_nowait())
+            events += group[-1].delivery.events
         return [held for held in group if _is_current(held)]
 
     async def _settle(self, group: Sequence[_Held], settled: Sequence[Settlement]) -> list[_Held]:

@@ -5,11 +5,12 @@ The twins themselves are `governance.memory` and `resilience.memory`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from contracts.codec import state_from_bytes
+from contracts.codec import Entry, decode_carrier, state_from_bytes
 from contracts.events import canonical_json
 from contracts.failures import DatabaseError
 from contracts.identity import Principal
@@ -19,6 +20,7 @@ from contracts.ports import Confirm, DecisionRow, Message, Peek, TenantProfile
 from contracts.state import Thresholds
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
+from contracts.topology import VERSION, Stage
 from gateway.intake import Intake, IntakePorts
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.memory import MemoryDatabase, MemoryDirectory, MemoryLedger, Transaction
@@ -63,17 +65,26 @@ class RecordingTelemetry:
 
 @dataclass
 class RecordingPublisher:
-    """Keeps what was published; `answers` (in order) overrides what is confirmed."""
+    """Keeps what was published; `answers` (in order) overrides what is confirmed, `held` queues confirm when set."""
 
     messages: list[Message] = field(default_factory=list)
     answers: list[Confirm] = field(default_factory=list)
+    held: dict[str, asyncio.Event] = field(default_factory=dict)
 
     async def publish(self, messages: Sequence[Message]) -> Sequence[Confirm]:
         self.messages += messages
+        for message in messages:
+            if (event := self.held.get(message.routing_key)) is not None:
+                await event.wait()
         return [self.answers.pop(0) if self.answers else Confirm.CONFIRMED for _ in messages]
 
     def to(self, exchange: str) -> list[Message]:
         return [message for message in self.messages if message.exchange == exchange]
+
+    def entries(self, stage: str = Stage.RETRIEVAL) -> list[Entry]:
+        """The entries that were published to a stage, whatever carriers they travelled in."""
+        carriers = [m for m in self.messages if m.routing_key.startswith(f"risk.{VERSION}.{stage}.")]
+        return [entry for m in carriers for entry in decode_carrier(m.body) if isinstance(entry, Entry)]
 
 
 class View(MutableMapping[K, V]):

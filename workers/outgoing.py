@@ -16,7 +16,14 @@ import structlog
 
 from contracts.codec import Entry
 from contracts.failures import MessagingFailureError
-from contracts.messages import arrived, audit_message, decision_message, delivery_message, reply_message
+from contracts.messages import (
+    arrived,
+    audit_message,
+    decision_message,
+    delivery_message,
+    reply_message,
+    stage_messages,
+)
 from contracts.ports import Confirm, DecisionRow, Held, Message, Publisher, Telemetry
 from contracts.state import AuditRecord, EventState
 from contracts.telemetry import DELIVERIES, Measurement
@@ -37,10 +44,11 @@ _REPLY_PREFIX = reply_queue("")
 class Wave:
     """What one pass over some entries has gathered to publish, and the locks that it holds.
 
-    `replies` are copies for waiting callers. `lost` their lock on the way; `waiting` = on the ladder, until another's
-    lock ends.
+    `onward` goes to the next stage, as many entries to a carrier as there are. `replies` are copies for waiting
+    callers. `lost` their lock on the way; `waiting` = on the ladder, until another's lock ends.
     """
 
+    onward: list[Entry] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     records: list[AuditRecord] = field(default_factory=list)
     replies: list[Message] = field(default_factory=list)
@@ -68,7 +76,7 @@ class Outgoing:
     """Publishes waves."""
 
     def __init__(self, publisher: Publisher, partitions: int, tries: int, telemetry: Telemetry) -> None:
-        """`partitions` is the number of audit queues; `tries` bounds how often a message is sent in one wave."""
+        """`partitions` is the number of queues of a stage, and of the audit; `tries` bounds the sends of a wave."""
         self._publisher = publisher
         self._partitions = partitions
         self._tries = tries
@@ -76,7 +84,11 @@ class Outgoing:
 
     async def publish(self, wave: Wave) -> None:
         """Everything answered for, or MessagingFailureError. Unknown means: the same message again."""
-        pending = [*wave.messages, *audit_message(_unique(wave.records), self._partitions)]
+        pending = [
+            *stage_messages(wave.onward, self._partitions),
+            *wave.messages,
+            *audit_message(_unique(wave.records), self._partitions),
+        ]
         replies, wave.replies = wave.replies, []
         undelivered: list[Message] = []
         for _ in range(self._tries):

@@ -34,7 +34,6 @@ from contracts.ports import (
     Held,
     Ids,
     Ledger,
-    Message,
     Publisher,
     StateStore,
     Telemetry,
@@ -66,12 +65,16 @@ log = structlog.get_logger("runner")
 
 @dataclass(frozen=True, slots=True)
 class RunnerPolicy:
-    """Bounds of one delivery's life: claims before it waits, tries of a publish, deaths of a suspect's holder."""
+    """Bounds of one delivery's life: claims before it waits, tries of a publish, deaths of a suspect's holder.
+
+    `chance_returns`: so often a delivery that nobody had claimed may come back from dead processes as it is.
+    """
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     claim_rounds: int = 4
     publish_tries: int = 3
     suspect_deaths: int = 3
+    chance_returns: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ class StageRunner:
                 if any(entry.header.suspect for entry in entries):
                     alone += entries
                 elif delivery.redelivered and not delivery.seen:
-                    together += await self._triage(entries, wave)
+                    together += await self._triage(entries, delivery.returns, wave)
                 else:
                     together += entries
             await self._outgoing.publish(wave)
@@ -139,14 +142,18 @@ class StageRunner:
         self._measure(STAGE_SECONDS, self._ports.clock.monotonic() - began, stage=self._stage)
         return [Ack()] * len(deliveries)
 
-    async def _triage(self, entries: list[Entry], wave: Wave) -> list[Entry]:
-        """Redelivered: go on when the holder lives, else send each entry round once more, alone, as a suspect."""
+    async def _triage(self, entries: list[Entry], returns: int, wave: Wave) -> list[Entry]:
+        """Redelivered: go on when the holder lives, else send each entry round once more, alone, as a suspect.
+
+        An entry that nobody held was only waiting in a process that died: it goes on too, until it has come back too
+        often to be there by chance (what kills a process before its claim is held by nobody either).
+        """
         found = await self._ports.state_store.peek([(e.header.scope, e.header.event) for e in entries])
         holders = [peek.holder if peek else "" for peek in found]
         alive = await self._ports.state_store.alive(holders)
         going_on = []
         for entry, holder, lives in zip(entries, holders, alive, strict=True):
-            if holder and lives:
+            if lives if holder else returns <= self._policy.chance_returns:
                 going_on.append(entry)
             else:
                 wave.messages.append(stage_message(entry.evolve(suspect=True), self._partitions))
@@ -341,7 +348,7 @@ class StageRunner:
     async def _advance(self, worked: Sequence[tuple[_Claimed, EventState]], wave: Wave) -> None:
         for item, new in await self._advanced(worked, wave):
             first = self._first_owed(item)
-            wave.messages.append(self._next_message(new, item.entry.header.reply_to))
+            wave.onward.append(_next_entry(new, item.entry.header.reply_to))
             wave.records += new.records(first)
 
     async def _advanced(
@@ -402,7 +409,7 @@ class StageRunner:
         owed: dict[str, Any] = orjson.loads(claim.output) if claim.output else {"first": 0, "reply_to": None}
         first = 0 if self._stage is Stage.RETRIEVAL else entry.header.n + 1
         # The caller of this very entry waits, whoever sent the one that was stored.
-        wave.messages.append(self._next_message(state, entry.header.reply_to or owed["reply_to"]))
+        wave.onward.append(_next_entry(state, entry.header.reply_to or owed["reply_to"]))
         wave.records += state.records(min(first, owed["first"]))
         self._measure(DUPLICATES, stage=self._stage)
 
@@ -415,9 +422,6 @@ class StageRunner:
         wave.decided(entry, state, row)
         wave.records += state.records()
         self._measure(DUPLICATES, stage=self._stage)
-
-    def _next_message(self, state: EventState, reply_to: str | None) -> Message:
-        return stage_message(entry_of(state, STAGES[state.n], reply_to), self._partitions)
 
     # --- small ----------------------------------------------------------------------------------------------
 
@@ -437,6 +441,10 @@ class StageRunner:
 
     def _now(self) -> str:
         return self._ports.clock.now().isoformat()
+
+
+def _next_entry(state: EventState, reply_to: str | None) -> Entry:
+    return entry_of(state, STAGES[state.n], reply_to)
 
 
 def _without_twins(entries: Iterable[Entry]) -> list[list[Entry]]:

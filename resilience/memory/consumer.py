@@ -166,8 +166,12 @@ class MemoryConsumer:
             await self._bell.wait()
         if self._policy.linger_s and len(self._waiting) <= self._policy.group:
             await self._memory.sleep(self._policy.linger_s)
-        number = min(len(self._waiting), self._policy.group)
-        return [held for held in (self._waiting.popleft() for _ in range(number)) if held.connection.alive]
+        group = [self._waiting.popleft()]
+        events = group[0].delivery.events
+        while events < self._policy.group and self._waiting:
+            group.append(self._waiting.popleft())
+            events += group[-1].delivery.events
+        return [held for held in group if held.connection.alive]
 
     def _settle(self, group: Sequence[_Held], settled: Sequence[Settlement]) -> list[_Held]:
         """Ack what settled; the rest is still in our hands."""

@@ -204,7 +204,7 @@ async def test_bad_input_is_refused_parked_or_accepted_and_holds_up_nobody(fleet
     odd = await stream_answers(fleet, naughty)
 
     async def rejected() -> int:
-        return sum(1 for name in listener.rejected if name.startswith("bad-"))
+        return sum(1 for name in list(listener.rejected) if name.startswith("bad-"))
 
     await eventually("every bad message answered", rejected, lambda n: n == len(inputs), 120)
     await eventually("every poison message parked", lambda: letters(fleet, poisons), lambda n: n == len(poisons), 60)

@@ -489,6 +489,37 @@ async def test_a_redelivered_carrier_whose_holder_lives_is_worked_as_it_is() -> 
     fleet.check_settled()
 
 
+async def test_what_only_waited_in_a_dead_process_travels_on_together_but_not_for_ever() -> None:
+    fleet = Fleet()
+    states = [new_state(f"{number:032x}") for number in range(8)]
+    body = encode_carrier([entry_of(state, RETRIEVAL) for state in states])
+    queue = stage_queue(RETRIEVAL, 0)
+    back = Delivery(queue, body, queue, headers={"x-delivery-count": 2}, redelivered=True)
+    assert await fleet.worker.deliver_all(RETRIEVAL, [back]) == [Ack()]
+    assert len(decode_carrier(fleet.take(SCORING))) == 8
+    assert not fleet.waiting()
+
+    fleet = Fleet()
+    often = replace(back, headers={"x-delivery-count": 3})
+    assert await fleet.worker.deliver_all(RETRIEVAL, [often]) == [Ack()]
+    alone = [entry_in(fleet.take(RETRIEVAL)) for _ in states]
+    assert all(entry.header.suspect for entry in alone)
+    assert not fleet.waiting()
+
+
+async def test_what_is_ready_together_travels_in_one_carrier_per_partition() -> None:
+    fleet = Fleet()
+    tenants = [TenantScope(f"tenant-{number}") for number in range(5)]
+    states = [new_state(f"{number:032x}", tenant) for number in range(20) for tenant in tenants]
+    body = encode_carrier([entry_of(state, RETRIEVAL) for state in states[:64]])
+    rest = encode_carrier([entry_of(state, RETRIEVAL) for state in states[64:]])
+    queue = stage_queue(RETRIEVAL, 0)
+    assert await fleet.worker.deliver_all(RETRIEVAL, [Delivery(queue, body, queue), Delivery(queue, rest, queue)])
+    messages = fleet.broker.to_stage(SCORING)
+    assert [message.headers["x-riskfleet-events"] for message in messages] == [64, 36]
+    assert [len(decode_carrier(message.body)) for message in messages] == [64, 36]
+
+
 async def test_a_suspect_is_parked_undecoded_after_three_dead_holders() -> None:
     fleet = Fleet()
     body = await fleet.to(SCORING)

@@ -16,7 +16,7 @@ from contracts.codec import CARRIER_HEADER, Entry, carriers, encode_carrier, ent
 from contracts.events import canonical_json
 from contracts.failures import InvalidTenantError, UndecodableEntryError
 from contracts.labels import Label
-from contracts.ports import Confirm, DeadLetter, DecisionRow, Message
+from contracts.ports import Confirm, DeadLetter, DecisionRow, Delivery, Message
 from contracts.settlement import failure_headers
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
@@ -24,11 +24,14 @@ from contracts.topology import (
     DECISIONS,
     LABELS_QUEUE,
     REJECTED,
+    STAGES,
     WORK,
+    Stage,
     audit_queue,
     delivery_rung,
     first_rung,
     parked_queue,
+    partition_of,
     rung_exchange,
     stage_queue,
 )
@@ -152,6 +155,34 @@ def parked_message(letter: DeadLetter, source: str) -> Message:
         message_id=f"parked:{letter.letter_id}",
         headers=failure_headers(letter),
     )
+
+
+_PROBE_HEADER = "x-riskfleet-probe"
+
+
+def probe_message(partition: int, sent_at: str) -> Message:
+    """A message that holds nothing, and goes through every queue of a partition behind what is there already.
+
+    `sent_at` is the time (RFC 3339) that it is known by once it has come through.
+    """
+    return _probe(stage_queue(STAGES[0], partition), sent_at)
+
+
+def probe_of(delivery: Delivery) -> str | None:
+    """The time at which a probe was sent; None for every other delivery."""
+    sent_at = delivery.headers.get(_PROBE_HEADER)
+    return sent_at if isinstance(sent_at, str) and not delivery.body else None
+
+
+def next_probe(stage: Stage, delivery: Delivery, sent_at: str) -> Message:
+    """The same probe on its way from a stage to the queue behind it: the next stage's, or the audit's."""
+    partition = partition_of(delivery.queue)
+    behind = STAGES[STAGES.index(stage) + 1 :]
+    return _probe(stage_queue(behind[0], partition) if behind else audit_queue(partition), sent_at)
+
+
+def _probe(queue: str, sent_at: str) -> Message:
+    return Message(WORK, queue, b"", f"probe:{queue}:{sent_at}", {_PROBE_HEADER: sent_at, CARRIER_HEADER: 0})
 
 
 _DELIVERY_HEADER = "x-riskfleet-delivery"

@@ -47,6 +47,11 @@ def stage_queue(stage: str, partition: int) -> str:
     return f"risk.{VERSION}.{stage}.p{partition:02d}"
 
 
+def partition_of(queue: str) -> int:
+    """The partition of a stage's or audit queue."""
+    return int(queue.rpartition(".p")[2])
+
+
 def audit_queue(partition: int) -> str:
     """The audit queue of a partition."""
     return f"risk.{VERSION}.audit.p{partition:02d}"

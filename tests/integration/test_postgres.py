@@ -258,6 +258,7 @@ OF_NO_TENANT = {
     "users",
     "memberships",
     "api_keys",
+    "probes",  # of partitions
     "registry_transitions",  # the rules themselves: the same for everybody, and only the owner may write them
 }
 

@@ -19,7 +19,7 @@ from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of, sta
 from contracts.events import parse_event
 from contracts.failures import InvalidWorkflowStateError, ModelNotApprovedError, StateStoreError
 from contracts.lifecycle import Status
-from contracts.messages import stage_message, undelivered
+from contracts.messages import probe_message, probe_of, stage_message, undelivered
 from contracts.ports import Advance, Confirm, DecisionRow, Delivery, Message
 from contracts.settlement import Ack, Pause, Settlement, letter_from
 from contracts.state import EventState, begin
@@ -1026,3 +1026,19 @@ async def _run_schedule(actions: Sequence[tuple[str, int]]) -> None:
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 31)), max_size=30))
 def test_any_schedule_of_faults_ends_in_one_decision_each_with_its_trail(actions: list[tuple[str, int]]) -> None:
     asyncio.run(_run_schedule(actions))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_probe_leaves_a_stage_behind_everything_that_came_with_it(stage: Stage) -> None:
+    fleet = Fleet()
+    body = await fleet.to(stage)
+    fleet.broker.messages.clear()
+    sent_at = "2026-01-31T12:00:00+00:00"
+    probe = probe_message(0, sent_at)
+    queue = stage_queue(stage, 0)
+    deliveries = [Delivery(queue, b"", queue, headers=probe.headers), Delivery(queue, body, queue)]
+    assert await fleet.worker.deliver_all(stage, deliveries) == [Ack(), Ack()]
+    last = fleet.broker.messages[-1]
+    assert probe_of(Delivery(last.routing_key, last.body, last.routing_key, headers=last.headers)) == sent_at
+    assert len(fleet.broker.messages) > 1
+    assert not fleet.broker.parked()

@@ -35,7 +35,15 @@ class Pause:
     reason: str
 
 
-Settlement = Ack | Pause
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """This delivery alone has to wait: it stays unacked, and the handler is given it again after so many seconds."""
+
+    reason: str
+    seconds: float
+
+
+Settlement = Ack | Pause | Hold
 
 
 def failure_headers(letter: DeadLetter) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from contracts.failures import (
     IdempotencyConflictError,
     InvalidMetadataError,
     MessagingFailureError,
+    QueueFullError,
     RiskfleetError,
     TenantIsolationError,
     UnexpectedError,
@@ -314,7 +315,8 @@ class Intake:
         queue = entry.header.scope.partition(self._partitions)
         confirm = await self._publishing.setdefault(queue, Gathered(self._publish_carriers)).one(entry)
         if confirm is not Confirm.CONFIRMED:
-            raise MessagingFailureError(_NOT_CONFIRMED[confirm])
+            failure = QueueFullError if confirm is Confirm.REFUSED else MessagingFailureError
+            raise failure(_NOT_CONFIRMED[confirm])
 
     async def _publish_carriers(self, entries: Sequence[Entry]) -> list[Confirm]:
         """Entries of one queue, as few messages as they need; each shares its carrier's confirm."""

@@ -29,7 +29,7 @@ from pamqp.commands import Basic
 
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Confirm, Delivery, Message
-from contracts.settlement import Ack, Pause, Settlement
+from contracts.settlement import Ack, Hold, Pause, Settlement
 from contracts.topology import reply_queue
 from resilience.replies import ReplyBoard
 
@@ -155,11 +155,15 @@ class RabbitPublisher:
 
 @dataclass(frozen=True, slots=True)
 class PausePolicy:
-    """How a consumer behaves while a server fails (seconds): probe intervals, and when deliveries go back."""
+    """How a consumer behaves while a server fails (seconds): probe intervals, and when deliveries go back.
+
+    `hold_s` is how long one delivery that has to wait alone is kept: a return counts as a delivery on a quorum queue.
+    """
 
     first_probe_s: float = 0.2
     longest_probe_s: float = 2.0
     return_after_s: float = 300.0
+    hold_s: float = 1_200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,7 @@ class ConsumerPolicy:
 class _Held:
     delivery: Delivery
     message: RabbitMessage
+    since: float = 0.0
 
 
 class RabbitConsumer:
@@ -320,10 +325,23 @@ class RabbitConsumer:
         for held, settlement in zip(group, settled, strict=True):
             if isinstance(settlement, Ack):
                 await _ack(held)
+            elif isinstance(settlement, Hold):
+                await self._hold(held, settlement)
             else:
                 left.append(held)
                 self.paused_reason = settlement.reason
         return left
+
+    async def _hold(self, held: _Held, hold: Hold) -> None:
+        """Put one aside: its queue's prefetch is what it takes away, and all others go on."""
+        loop = asyncio.get_running_loop()
+        held.since = held.since or loop.time()
+        if loop.time() - held.since > self._policy.pause.hold_s:
+            with contextlib.suppress(*_CLIENT_ERRORS):  # below the time after which the broker closes the channel
+                await held.message.raw_message.nack(requeue=True)
+            return
+        log.info("delivery.held", queue=held.delivery.queue, reason=hold.reason)
+        loop.call_later(hold.seconds, self._waiting.put_nowait, held)
 
     async def _pause(self, group: list[_Held]) -> list[_Held]:
         """Wait until the probe answers; give the deliveries back when that takes too long."""

@@ -18,7 +18,7 @@ import structlog
 
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Delivery
-from contracts.settlement import Ack, Pause, Settlement
+from contracts.settlement import Ack, Hold, Pause, Settlement
 from resilience.memory.queue import Stored, Subscription, delivered_headers
 from resilience.memory.time import first_of
 from resilience.rabbit import ConsumerPolicy, Handler, Probe
@@ -67,6 +67,7 @@ class MemoryConsumer:
         self._watcher: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._holding: set[asyncio.Task[None]] = set()
         self.paused_reason: str | None = None
 
     async def start(self) -> None:
@@ -178,7 +179,9 @@ class MemoryConsumer:
         left: list[_Held] = []
         acked: dict[Subscription, list[int]] = {}
         for held, settlement in zip(group, settled, strict=True):
-            if not isinstance(settlement, Ack):
+            if isinstance(settlement, Hold):
+                self._hold(held, settlement)
+            elif not isinstance(settlement, Ack):
                 left.append(held)
                 self.paused_reason = settlement.reason
             else:  # on a lost connection the ack is lost too: the delivery comes again and is found to be done
@@ -186,6 +189,19 @@ class MemoryConsumer:
         for subscription, tags in acked.items():
             self._memory.ack(subscription, tags)
         return left
+
+    def _hold(self, held: _Held, hold: Hold) -> None:
+        """Put one aside: its queue's prefetch is what it takes away, and all others go on."""
+
+        async def later() -> None:
+            await self._memory.sleep(hold.seconds)
+            if held.connection.alive:
+                self._waiting.append(held)
+                self._bell.set()
+
+        task = asyncio.ensure_future(later())
+        self._holding.add(task)
+        task.add_done_callback(self._holding.discard)
 
     async def _pause(self, group: list[_Held]) -> list[_Held]:
         """Wait until the probe answers; give the deliveries back when that takes too long."""
@@ -216,6 +232,8 @@ class MemoryConsumer:
         if connection is not None:
             self._memory.disconnect(connection)
         self._waiting.clear()
+        for task in self._holding:
+            task.cancel()
 
     async def join(self) -> None:
         """Runs as long as the consumer does; raises what ended it, so that a role never looks alive while it is not."""

@@ -41,6 +41,7 @@ NAMED = {
     "LimitExceededError": 429,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,
+    "QueueFullError": 503,
     "StateStoreError": 503,
     "DatabaseError": 503,
     "UnexpectedError": 500,

@@ -24,6 +24,7 @@ from contracts.settlement import Ack, Hold, Pause, Settlement, letter_from
 from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, LABELS_QUEUE, REJECTED, WORK, audit_queue, parked_queue, stage_queue
 from gateway.ingress import MAX_DELIVERIES, Ingress, delivered_too_often
+from gateway.intake import Admission, Submission
 from gateway.labelling import LabelDesk
 from tests.fakes import DoorParts, InMemoryLedger, event_body
 
@@ -313,6 +314,33 @@ async def test_a_cloudevent_is_admitted_in_binary_and_structured_mode_as_one_eve
     assert await settled(parts, binary, STRUCTURED_SENT, replace(binary, content_type=None)) == [Ack()] * 3
     assert parts.publisher.to(REJECTED) == []
     assert parts.store.states.keys() == {(ACME, event_id_of(ACME, "/tills|A-1"))}
+
+
+async def test_a_cloudevent_is_one_event_whatever_its_transport_names_it_and_whichever_door_it_comes_through() -> None:
+    """Clients of AMQP make a new message_id for each send, and HTTP clients a key: source and id stay."""
+    parts = DoorParts()
+    ingress = ingress_on(parts)
+    sends = [replace(STRUCTURED_SENT, message_id=f"send-{number}") for number in range(3)]
+    assert await ingress.handle(sends) == [Ack()] * 3
+    post = Submission(
+        ACME, None, STRUCTURED_SENT.body, "a-key", None, None, "http", structured=True, allow_generated_identity=True
+    )
+    admission = await parts.intake.admit(post)
+    assert isinstance(admission, Admission)
+    assert (admission.identity, admission.replayed) == ("/tills|A-1", True)
+    assert parts.store.states.keys() == {(ACME, event_id_of(ACME, "/tills|A-1"))}
+
+
+async def test_the_id_inside_a_cloudevent_is_its_identity_at_both_doors_under_any_message_id() -> None:
+    parts = DoorParts()
+    body = json.dumps(cloudevent(data=EVENT | {"id": "order-9"})).encode()
+    sends = [replace(STRUCTURED_SENT, body=body, message_id=name) for name in ("one", "two", None)]
+    assert await settled(parts, *sends) == [Ack()] * 3
+    admission = await parts.intake.admit(Submission(ACME, None, body, "key", None, None, "http", structured=True))
+    assert isinstance(admission, Admission)
+    assert admission.replayed
+    assert parts.store.states.keys() == {(ACME, event_id_of(ACME, "order-9"))}
+    assert parts.publisher.to(REJECTED) == []
 
 
 async def test_a_broken_cloudevent_is_answered_with_a_pointer_and_is_never_taken_for_a_plain_event() -> None:

@@ -88,7 +88,8 @@ _NOT_CONFIRMED = {
 class Submission:
     """One event as a door received it. `scope` comes from the credential; `kind` from the path, if it names one.
 
-    `identity_header`: Idempotency-Key or AMQP message_id; not looked at for a CloudEvent, which names itself. Only a single HTTP POST may have its identity made.
+    `identity_header`: Idempotency-Key or AMQP message_id; not looked at for a CloudEvent, which names itself. Only a
+    single HTTP POST may have its identity made.
     `correlation_id` and `traceparent` are the sender's own, or None: then a CloudEvent's, else the bound ones, hold.
     A CloudEvent is either `structured`, or has its `attributes` beside the body (binary mode).
     `fallback_identity` is used when the event names none in any other way.

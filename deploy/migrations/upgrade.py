@@ -48,7 +48,6 @@ GRANTS: Final[Mapping[str, str]] = {
     "registry_activations": "SELECT, INSERT",
     "halts": "SELECT, INSERT, UPDATE, DELETE",
     "probes": "SELECT, INSERT, UPDATE",
-    "pauses": "SELECT, INSERT, UPDATE, DELETE",
     "tenants": "SELECT, INSERT, UPDATE",
     "users": "SELECT, INSERT, UPDATE",
     "memberships": "SELECT, INSERT, DELETE",

@@ -285,14 +285,6 @@ halts = Table(
     PrimaryKeyConstraint("tenant", "model"),
 )
 
-pauses = Table(
-    "pauses",
-    metadata,
-    *(_text("tenant"), _said("stage", "*"), _text("reason"), _text("set_by"), _at("set_at")),
-    PrimaryKeyConstraint("tenant", "stage"),
-    CheckConstraint("(tenant = '*') <> (stage = '*')", name="pauses_what"),
-)
-
 probes = Table(
     "probes",
     metadata,

@@ -172,6 +172,10 @@ class MessagingFailureError(InfrastructureError):
     """RabbitMQ did not confirm a message in time; whether it arrived is unknown, so the same entry is sent again."""
 
 
+class QueueFullError(MessagingFailureError):
+    """A queue of the fleet takes no more for now; only what is for this queue has to wait."""
+
+
 class StateStoreError(InfrastructureError):
     """Redis does not answer in time."""
 

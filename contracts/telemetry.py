@@ -50,6 +50,7 @@ SUSPECTS = Metric("riskfleet_suspects_total", _C, "Entries run alone after their
 AUDIT_RECORDS = Metric("riskfleet_audit_records_total", _C, "Audit records appended or already present.", ("result",))
 LABELS = Metric("riskfleet_labels_total", _C, "Labels by door and result.", ("door", "result"))
 DELIVERIES = Metric("riskfleet_decision_deliveries_total", _C, "Decisions sent round the delivery ladder.", ("result",))
+RECONCILED = Metric("riskfleet_reconciled_total", _C, "What was lost on its way and sent again.", ("what",))
 APPROVALS_CLOSED = Metric("riskfleet_approvals_closed_total", _C, "Approvals closed by result.", ("result", "tenant"))
 APPROVAL_SECONDS = Metric("riskfleet_approval_dwell_seconds", _H, "Time from opening to closing an approval.", ())
 OUTBOX = Metric("riskfleet_outbox_published_total", _C, "Outbox messages published by result.", ("result",))
@@ -78,6 +79,7 @@ METRICS: Mapping[str, Metric] = {
         AUDIT_RECORDS,
         LABELS,
         DELIVERIES,
+        RECONCILED,
         APPROVALS_CLOSED,
         APPROVAL_SECONDS,
         OUTBOX,

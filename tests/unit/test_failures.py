@@ -42,6 +42,7 @@ NAMED = {
     "UndecidedLimitError": 429,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,
+    "QueueFullError": 503,
     "StateStoreError": 503,
     "DatabaseError": 503,
     "UnexpectedError": 500,

@@ -39,14 +39,14 @@ RUNGS: tuple[tuple[str, int], ...] = (("100ms", 100), ("1s", 1_000), ("5s", 5_00
 PARKED_SOURCES: tuple[str, ...] = (*STAGES, "ingress", "audit", "labels")
 
 
-def stage_queue(stage: str, partition: int) -> str:
+def stage_queue(stage: str, partition: int, version: str = VERSION) -> str:
     """The work queue of a stage and partition."""
-    return f"risk.{VERSION}.{stage}.p{partition:02d}"
+    return f"risk.{version}.{stage}.p{partition:02d}"
 
 
-def audit_queue(partition: int) -> str:
+def audit_queue(partition: int, version: str = VERSION) -> str:
     """The audit queue of a partition."""
-    return f"risk.{VERSION}.audit.p{partition:02d}"
+    return f"risk.{version}.audit.p{partition:02d}"
 
 
 def rung_exchange(delay: str) -> str:
@@ -54,14 +54,14 @@ def rung_exchange(delay: str) -> str:
     return f"risk.{VERSION}.retry.{delay}"
 
 
-def rung_queue(delay: str) -> str:
+def rung_queue(delay: str, version: str = VERSION) -> str:
     """The queue of a rung of the retry ladder."""
-    return f"risk.{VERSION}.retry.{delay}"
+    return f"risk.{version}.retry.{delay}"
 
 
-def parked_queue(source: str) -> str:
+def parked_queue(source: str, version: str = VERSION) -> str:
     """Dead letters of a stage on their way to the table `dead_letters`."""
-    return f"risk.{VERSION}.parked.{source}"
+    return f"risk.{version}.parked.{source}"
 
 
 def reply_queue(boot: str) -> str:

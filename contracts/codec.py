@@ -10,25 +10,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from contracts.events import Event, canonical_json
 from contracts.failures import UndecodableEntryError
 from contracts.lifecycle import Status
-from contracts.state import (
-    STATE_SCHEMA,
-    STATE_TYPES,
-    AuditRecord,
-    Created,
-    Decided,
-    EventState,
-    Processed,
-    TrailEntry,
-    Validated,
-)
+from contracts.state import SECTIONS, STATE_SCHEMA, STATE_TYPES, AuditRecord, EventState, TrailEntry
 from contracts.tenancy import TenantScope
 
 MAGIC = b"RFC1"
@@ -44,7 +35,9 @@ class EntryHeader:
     """What a stage must know of an entry before it looks at its bytes.
 
     `attempts` counts the entry's own failures at this stage; `first_failed_at` is the time (RFC 3339)
-    of the first of them; `suspect` says that a process died while it held the entry.
+    of the first of them; `suspect` says that a process died while it held the entry. `received_ms`: when a door
+    accepted the event (ms since 1970), 0 when an earlier release made the entry. `replays` counts how often an
+    operator sent it again from a dead letter.
     """
 
     tenant: str
@@ -59,6 +52,8 @@ class EntryHeader:
     first_failed_at: str | None = None
     suspect: bool = False
     reply_to: str | None = None
+    received_ms: int = 0
+    replays: int = 0
 
     @property
     def scope(self) -> TenantScope:
@@ -75,9 +70,10 @@ class Entry:
 
     @property
     def message_id(self) -> str:
-        """Unique per version, stage and attempt, so that two publishes in flight never share an id."""
+        """Unique per version, stage, attempt and replay, so that two publishes in flight never share an id."""
         h = self.header
-        return f"{h.event}:{h.n}:{h.digest[:16]}:{h.stage}:{h.attempts}{'s' if h.suspect else ''}"
+        again = f"r{h.replays}" if h.replays else ""
+        return f"{h.event}:{h.n}:{h.digest[:16]}:{h.stage}:{h.attempts}{'s' if h.suspect else ''}{again}"
 
     def evolve(self, **changes: Any) -> Entry:
         """The same stored bytes under a changed header."""
@@ -85,7 +81,7 @@ class Entry:
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {
-    name: (int,) if name in ("n", "attempts") else (bool,) if name == "suspect" else (str,)
+    name: (int,) if name in ("n", "attempts", "received_ms", "replays") else (bool,) if name == "suspect" else (str,)
     for name in EntryHeader.__dataclass_fields__
 } | {"first_failed_at": (str, type(None)), "reply_to": (str, type(None))}
 
@@ -101,8 +97,16 @@ def entry_of(state: EventState, stage: str, reply_to: str | None = None) -> Entr
         digest=state.digest,
         body_digest=state.body_digest,
         reply_to=reply_to,
+        received_ms=_milliseconds(state.received_at),
     )
     return Entry(header, state.to_bytes())
+
+
+def _milliseconds(moment: str) -> int:
+    try:
+        return round(datetime.fromisoformat(moment).timestamp() * 1000)
+    except ValueError:  # its age is then counted from when the state store met it
+        return 0
 
 
 def entry_of_record(record: AuditRecord) -> Entry:
@@ -190,12 +194,7 @@ def upcast(document: dict[str, Any], upcasters: dict[int, Upcaster] | None = Non
     return document
 
 
-_SECTIONS: dict[str, type[Created | Validated | Processed | Decided]] = {
-    "created": Created,
-    "validated": Validated,
-    "processed": Processed,
-    "decided": Decided,
-}
+_TRAIL = TypeAdapter(tuple[TrailEntry, ...])
 
 
 def state_from_bytes(data: bytes) -> EventState:
@@ -204,9 +203,10 @@ def state_from_bytes(data: bytes) -> EventState:
         document = orjson.loads(data)
         if not isinstance(document, dict):
             raise UndecodableEntryError("a stored state is a JSON object")
+        stored_schema = document.get("schema")
         d = upcast(document)
-        sections: dict[str, Any] = {name: kind.model_validate(d[name]) for name, kind in _SECTIONS.items() if name in d}
-        return STATE_TYPES[d["kind"]](
+        sections: dict[str, Any] = {name: kind.model_validate(d[name]) for name, kind in SECTIONS.items() if name in d}
+        state = STATE_TYPES[d["kind"]](
             scope=TenantScope(d["tenant"]),
             event_id=d["event_id"],
             event=Event.model_validate(d["event"]),
@@ -218,9 +218,12 @@ def state_from_bytes(data: bytes) -> EventState:
             n=d["n"],
             status=Status(d["status"]),
             digest=d["digest"],
-            trail=tuple(TrailEntry.model_validate(entry) for entry in d["trail"]),
+            trail=_TRAIL.validate_python(d["trail"]),
             **sections,
         )
+        if d["schema"] == stored_schema:  # an upcast is never what was stored
+            state.plain.update({name: d[name] for name in ("event", "trail", *sections)}, bytes=data)
+        return state
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise UndecodableEntryError(f"a stored state cannot be read ({type(error).__name__})") from error
 

@@ -73,13 +73,18 @@ class Failures:
 
     def decode(self, entry: Entry, stored: bytes, wave: Wave) -> EventState | None:
         """The state in some stored bytes; None when it cannot be read, and the entry has failed."""
+        key = (entry.header.tenant, entry.header.event)
+        known = wave.states.get(key)
+        if known is not None and known.to_bytes() is stored:
+            return known
         try:
             state = state_from_bytes(stored)
-            if (state.scope.tenant_id, state.event_id) != (entry.header.tenant, entry.header.event):
+            if (state.scope.tenant_id, state.event_id) != key:
                 raise InvalidWorkflowStateError("an entry's header names another event than its bytes")
         except RiskfleetError as error:
             self.fail(entry, error, wave)
             return None
+        wave.states[key] = state
         return state
 
     def fail(self, entry: Entry, error: BaseException, wave: Wave) -> None:
@@ -103,11 +108,13 @@ class Failures:
             self._measure(RETRIES, category)
         else:
             self.park(verdict, wave)
+            wave.leave(entry)
 
     def die(self, entry: Entry, deaths: int, wave: Wave) -> None:
         """Park, undecoded, an entry that so many processes died with while they ran it alone."""
         error = InvalidWorkflowStateError(f"{deaths} processes died while they ran this entry alone")
         self.park(park(entry, error, self._now()), wave)
+        wave.leave(entry)
 
     def conflict(self, entry: Entry, wave: Wave, state: EventState | None = None) -> None:
         """Park another body under a taken identity, and tell its sender, whom `state` names.
@@ -115,6 +122,7 @@ class Failures:
         Nobody gets the decision of another body.
         """
         self.park(park(entry, IdempotencyConflictError(), self._now()), wave)
+        wave.leave(entry)  # the newcomer; the owner of the identity has another body, and stays
         if state is None:
             return
         document = problem_document(

@@ -40,6 +40,7 @@ NAMED = {
     "ConflictError": 409,
     "LimitExceededError": 429,
     "DependencyUnavailableError": 503,
+    "UndecidedLimitError": 429,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,
     "StateStoreError": 503,

@@ -57,6 +57,11 @@ OUTBOX = Metric("riskfleet_outbox_published_total", _C, "Outbox messages publish
 TRANSITIONS = Metric("riskfleet_registry_transitions_total", _C, "Registry transitions.", ("kind", "to"))
 LOGINS = Metric("riskfleet_logins_total", _C, "Logins by result.", ("result",))
 OPERATOR_CALLS = Metric("riskfleet_operator_calls_total", _C, "Operator API calls.", ("call", "result"))
+LIMITER_REFUSALS = Metric("riskfleet_limiter_refusals_total", _C, "Takes above a rate.", ("limit", "tenant"))
+BREAKER_CHANGES = Metric("riskfleet_breaker_changes_total", _C, "Changes of a breaker.", ("dependency", "to"))
+BREAKER_REFUSALS = Metric("riskfleet_breaker_refusals_total", _C, "Calls that a breaker refused.", ("dependency",))
+BULKHEAD_REFUSALS = Metric("riskfleet_bulkhead_refusals_total", _C, "Refused permits.", ("dependency", "reason"))
+BULKHEAD_WAIT_SECONDS = Metric("riskfleet_bulkhead_wait_seconds", _H, "Wait for a permit.", ("dependency",))
 
 METRICS: Mapping[str, Metric] = {
     m.name: m
@@ -86,6 +91,11 @@ METRICS: Mapping[str, Metric] = {
         TRANSITIONS,
         LOGINS,
         OPERATOR_CALLS,
+        LIMITER_REFUSALS,
+        BREAKER_CHANGES,
+        BREAKER_REFUSALS,
+        BULKHEAD_REFUSALS,
+        BULKHEAD_WAIT_SECONDS,
     )
 }
 

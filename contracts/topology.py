@@ -42,9 +42,9 @@ DELIVERY_RUNGS: tuple[tuple[str, int], ...] = RUNGS[1:]
 PARKED_SOURCES: tuple[str, ...] = (*STAGES, "ingress", "audit", "labels")
 
 
-def stage_queue(stage: str, partition: int) -> str:
+def stage_queue(stage: str, partition: int, version: str = VERSION) -> str:
     """The work queue of a stage and partition."""
-    return f"risk.{VERSION}.{stage}.p{partition:02d}"
+    return f"risk.{version}.{stage}.p{partition:02d}"
 
 
 def partition_of(queue: str) -> int:
@@ -52,9 +52,9 @@ def partition_of(queue: str) -> int:
     return int(queue.rpartition(".p")[2])
 
 
-def audit_queue(partition: int) -> str:
+def audit_queue(partition: int, version: str = VERSION) -> str:
     """The audit queue of a partition."""
-    return f"risk.{VERSION}.audit.p{partition:02d}"
+    return f"risk.{version}.audit.p{partition:02d}"
 
 
 def rung_exchange(delay: str) -> str:
@@ -62,9 +62,9 @@ def rung_exchange(delay: str) -> str:
     return f"risk.{VERSION}.retry.{delay}"
 
 
-def rung_queue(delay: str) -> str:
+def rung_queue(delay: str, version: str = VERSION) -> str:
     """The queue of a rung of the retry ladder."""
-    return f"risk.{VERSION}.retry.{delay}"
+    return f"risk.{version}.retry.{delay}"
 
 
 def delivery_rung(at_least_ms: int) -> str:
@@ -73,9 +73,9 @@ def delivery_rung(at_least_ms: int) -> str:
     return f"{DELIVERY_QUEUE}.{name}"
 
 
-def parked_queue(source: str) -> str:
+def parked_queue(source: str, version: str = VERSION) -> str:
     """Dead letters of a stage on their way to the table `dead_letters`."""
-    return f"risk.{VERSION}.parked.{source}"
+    return f"risk.{version}.parked.{source}"
 
 
 def reply_queue(boot: str) -> str:

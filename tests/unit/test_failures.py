@@ -39,6 +39,7 @@ NAMED = {
     "NotKnownError": 404,
     "ConflictError": 409,
     "LimitExceededError": 429,
+    "DependencyUnavailableError": 503,
     "UndecidedLimitError": 429,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -71,6 +72,8 @@ def bench(
         events, rate, door.value, tenants, skew, payload, single, partitions, seed, stage_counts(stages), patience
     )
     say = lambda line: errors.print(line, style="dim", highlight=False)  # noqa: E731
+    # A benchmark that is told to end takes its servers with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if url is None:
         report = run_private(plan, say)
     else:

@@ -50,6 +50,7 @@ class PrivateFleet:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RISKFLEET_")}
         environment = kept | environment_of(settings) | {"PYTHONPATH": str(_ROOT)}
         stages, others = _parts(plan)
+        self._workers = len(stages)
         self._logs = settings.data_dir / "logs"
         # Two supervisors, because the stages of a drain start after everything else.
         self._stages = Fleet(stages, environment, self._logs / "stages", say)
@@ -62,10 +63,7 @@ class PrivateFleet:
     def stages_ready(self) -> bool:
         """Whether every stage worker said in its log that it consumes."""
         logs = list((self._logs / "stages").glob("*.log"))
-        return len(logs) == len(self._stage_names()) and all(b"role.ready" in log.read_bytes() for log in logs)
-
-    def _stage_names(self) -> list[str]:
-        return [name for name in self._pids if name.partition("#")[0] in STAGES]
+        return len(logs) == self._workers and all(b"role.ready" in log.read_bytes() for log in logs)
 
     def pids(self) -> dict[str, list[int]]:
         """Process numbers by kind: each role, and rabbitmq, redis, postgresql. Workers of a stage are one kind."""

@@ -1,9 +1,10 @@
-"""A benchmark's report for people: a table for the terminal, and one HTML file with drawings and nothing from elsewhere."""
+"""A benchmark's report for people: a table for the terminal, and one HTML file with drawings that loads nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 from rich.table import Table
 
@@ -97,13 +98,12 @@ def _fifth(report: BenchReport) -> list[tuple[float, float]]:
 
 
 def _rate(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    pairs = zip(points, points[1:], strict=False)
-    return [(t, max(0.0, n - m) / (t - s)) for (s, m), (t, n) in pairs if t > s]
+    return [(t, max(0.0, n - m) / (t - s)) for (s, m), (t, n) in pairwise(points) if t > s]
 
 
 def _cpu(report: BenchReport) -> dict[str, list[tuple[float, float]]]:
     lines: dict[str, list[tuple[float, float]]] = {}
-    for before, after in zip(report.samples, report.samples[1:], strict=False):
+    for before, after in pairwise(report.samples):
         if after.at_s > before.at_s:
             for kind, cpu in cpu_between(before.costs, after.costs).items():
                 lines.setdefault(kind, []).append((after.at_s, cpu / (after.at_s - before.at_s)))

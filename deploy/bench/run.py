@@ -1,4 +1,4 @@
-"""Runs a plan against a fleet and measures it: throughput, latency, cost by process, and that nothing was lost or done twice.
+"""Runs a plan against a fleet and measures it: throughput, latency, cost by process, nothing lost or done twice.
 
 The clock of a drain runs from the moment when every stage worker consumes to the last audit record in PostgreSQL. Costs
 are differences of two looks at /proc, so what the fleet does when idle between them is counted as well.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Protocol
 
 import httpx
@@ -29,7 +30,6 @@ from deploy.runtime import RandomIds, SystemClock
 from deploy.settings import Settings
 from governance.postgres import AsyncEngine, PostgresAuditLog, create_engine
 from governance.postgres.measured import (
-    BenchFindings,
     BenchProgress,
     bench_bytes,
     bench_findings,
@@ -329,7 +329,7 @@ class _Run:
                 ends.append((row.decided_at.timestamp() - started) * 1_000)
             trail = orjson.loads(row.state)["trail"]
             moments = [(str(step["stage"]), datetime.fromisoformat(step["at"]).timestamp()) for step in trail]
-            for (_, earlier), (stage, later) in zip(moments, moments[1:], strict=False):
+            for (_, earlier), (stage, later) in pairwise(moments):
                 steps.setdefault(stage, []).append((later - earlier) * 1_000)
         totals = [seconds * 1_000 for seconds in sent.latencies.values()] or ends
         return percentiles(totals), {stage: percentiles(values) for stage, values in steps.items()}
@@ -343,6 +343,3 @@ class _Run:
 
 def _since(moment: datetime | None, began: float) -> float:
     return moment.timestamp() - began if moment is not None else 0.0
-
-
-__all__ = ["BenchFindings", "BenchReport", "Sample", "bench", "measure", "percentiles"]

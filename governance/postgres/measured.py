@@ -13,6 +13,7 @@ from typing import Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from contracts.lifecycle import VERSION_OF, Status
 from contracts.tenancy import TenantScope
 from governance.postgres.engine import transaction
 
@@ -22,7 +23,8 @@ _PROGRESS: Final = text(
            (SELECT coalesce(sum(seq), 0) FROM audit_heads) AS records
     """
 )
-# A second decision by the pipeline, or two digests of one version in the trail: either is an event decided twice.
+# A second decision by the pipeline, or two digests of one version in the trail: either is an event decided twice. An
+# opened approval has a record of its own beside that of its version, the last one.
 _FINDINGS: Final = text(
     """
     SELECT (SELECT count(*) FROM (SELECT DISTINCT tenant, event_id FROM decisions) d) AS decided,
@@ -30,8 +32,10 @@ _FINDINGS: Final = text(
                SELECT tenant, event_id FROM decisions WHERE decided_by = 'pipeline'
                 GROUP BY tenant, event_id HAVING count(*) > 1
                UNION
-               SELECT tenant, event_id FROM audit_records WHERE digest <> '' AND event_id <> ''
-                GROUP BY tenant, event_id, n HAVING count(DISTINCT digest) > 1) t) AS twice,
+               SELECT r.tenant, r.event_id FROM audit_records r JOIN decisions d USING (tenant, event_id)
+                WHERE r.digest <> '' AND d.revision = 1 GROUP BY r.tenant, r.event_id, r.n, d.outcome
+               HAVING count(DISTINCT r.digest) >
+                      CASE WHEN d.outcome = 'REQUIRE_APPROVAL' AND r.n = :last THEN 2 ELSE 1 END) t) AS twice,
            (SELECT count(*) FROM dead_letters WHERE status = 'open') AS letters,
            (SELECT max(recorded_at) FROM audit_records) AS audited_at,
            (SELECT max(decided_at) FROM decisions) AS decided_at
@@ -89,7 +93,7 @@ async def bench_progress(engine: AsyncEngine, scopes: Sequence[TenantScope]) -> 
 async def bench_findings(engine: AsyncEngine, scopes: Sequence[TenantScope]) -> BenchFindings:
     """What became of the tenants' events, in one snapshot."""
     async with transaction(engine, scopes) as connection:
-        row = (await connection.execute(_FINDINGS)).one()
+        row = (await connection.execute(_FINDINGS, {"last": VERSION_OF[Status.AWAITING_APPROVAL]})).one()
     return BenchFindings(int(row.decided), int(row.twice), int(row.letters), row.audited_at, row.decided_at)
 
 

@@ -10,7 +10,6 @@ import os
 
 from celery import Celery
 from kombu import Queue
-
 from steps import RABBITMQ, STEPS, command, step
 
 app = Celery("rival", broker=RABBITMQ)

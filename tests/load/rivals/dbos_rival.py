@@ -10,7 +10,6 @@ import sys
 import threading
 
 from dbos import DBOS, DBOSClient, Queue
-
 from steps import DATABASE, STEPS, command, step
 
 _CONFIG = {"name": "rival", "system_database_url": DATABASE, "log_level": "ERROR", "run_admin_server": False}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
-
 from steps import RABBITMQ, STEPS, command, step
 
 dramatiq.set_broker(RabbitmqBroker(url=RABBITMQ, confirm_delivery=True))

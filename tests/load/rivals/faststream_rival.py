@@ -13,7 +13,6 @@ import redis.asyncio as aredis
 import uvloop
 from faststream import AckPolicy, FastStream
 from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitQueue
-
 from steps import DATABASE, DECIDE, RABBITMQ, REDIS, STARTED, STEPS, advanced, audit_rows, command, key_of
 
 broker = RabbitBroker(RABBITMQ, apply_types=False, default_channel=Channel(prefetch_count=64))

@@ -316,9 +316,11 @@ def page(found: Mapping[str, Figures], versions: Mapping[str, str], settings: Ma
         [
             "# Performance",
             "",
-            "Written by `make bench-rivals`. Four chained steps, each reading and writing a state in Redis, the last "
-            "ending in a decision and five audit rows in PostgreSQL; durable, at least once; every server on the same "
-            "cores and counted. Medians (least … greatest) of interleaved rounds.",
+            (
+                "Written by `make bench-rivals`. Four chained steps, each reading and writing a state in Redis, the last "
+                "ending in a decision and five audit rows in PostgreSQL; durable, at least once; every server on the same "
+                "cores and counted. Medians (least … greatest) of interleaved rounds."
+            ),
             "",
             "| engine | events/s, draining a backlog | CPU s per 1,000 events | of it clients | p99, ms |",
             "|---|---|---|---|---|",
@@ -328,10 +330,12 @@ def page(found: Mapping[str, Figures], versions: Mapping[str, str], settings: Ma
             "",
             "## What is not equal",
             "",
-            "Ours does more: each event is locked and fenced at every step, its five audit records stand in a hash chain "
-            "per tenant that is verified after each run, real stages (subject history, policies, model, guardrails) run, "
-            "and its p99 ends when the HTTP caller holds the decision; a rival's ends at its row. CPU of the load "
-            "generator is not counted for anybody; ours includes idle doors and sinks.",
+            (
+                "Ours does more: each event is locked and fenced at every step, its five audit records stand in a hash chain "
+                "per tenant that is verified after each run, real stages (subject history, policies, model, guardrails) run, "
+                "and its p99 ends when the HTTP caller holds the decision; a rival's ends at its row. CPU of the load "
+                "generator is not counted for anybody; ours includes idle doors and sinks."
+            ),
             "",
             "| rival | mechanism | settings | differs from ours |",
             "|---|---|---|---|",
@@ -339,7 +343,9 @@ def page(found: Mapping[str, Figures], versions: Mapping[str, str], settings: Ma
             "",
             "## Method",
             "",
-            f"{machine}. " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ". A drain of ours runs from "
+            f"{machine}. "
+            + ", ".join(f"{key} {value}" for key, value in settings.items())
+            + ". A drain of ours runs from "
             "the moment when every stage worker consumes to the last audit record; of a rival from its first step to its "
             "last row. A rate is open loop, latencies count from the intended moment. Servers are private and fresh for "
             "every run.",

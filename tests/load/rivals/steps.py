@@ -28,9 +28,7 @@ TABLES = """
 DECIDE = (
     "INSERT INTO rival_decisions (event_id, outcome, state, intended) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING"
 )
-AUDIT = (
-    "INSERT INTO rival_audit (event_id, n, body) SELECT %s, * FROM unnest(%s::int[], %s::bytea[]) ON CONFLICT DO NOTHING"
-)
+AUDIT = "INSERT INTO rival_audit (event_id, n, body) SELECT %s, * FROM unnest(%s::int[], %s::bytea[]) ON CONFLICT DO NOTHING"
 STARTED = "rival:started"
 _own = threading.local()
 _first = threading.Event()

@@ -47,7 +47,7 @@ def stage_counts(text: str) -> dict[Stage, int]:
             counts = dict.fromkeys(STAGES, 1) | {Stage(name.strip()): int(number) for name, _, number in pairs}
     except ValueError:
         counts = {}
-    if not counts or not all(1 <= count <= 16 for count in counts.values()):
+    if not text or not counts or not all(1 <= count <= 16 for count in counts.values()):
         names = ", ".join(STAGES)
         raise SettingsError(f"--stages {text!r} is neither a number nor STAGE=NUMBER pairs (1 to 16; stages: {names})")
     return counts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from dbos import DBOS, DBOSClient, Queue
+from dbos import DBOS, DBOSClient
 from steps import DATABASE, STEPS, command, step
 
 _CONFIG = {"name": "rival", "system_database_url": DATABASE, "log_level": "ERROR", "run_admin_server": False}
@@ -28,14 +28,16 @@ def flow(event_id: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
-        queue = Queue("steps", worker_concurrency=32, polling_interval_sec=0.1)
         DBOS(config=_CONFIG)
+        DBOS.listen_queues(["steps"])
         DBOS.launch()
+        DBOS.register_queue("steps", worker_concurrency=32, polling_interval_sec=0.1)
         threading.Event().wait()
     else:
         if sys.argv[1] == "fill":
             DBOS(config=_CONFIG)
             DBOS.launch()  # makes its tables
+            DBOS.register_queue("steps", worker_concurrency=32, polling_interval_sec=0.1)
             DBOS.destroy()
         client = DBOSClient(system_database_url=DATABASE)
         command(lambda event_id: client.enqueue({"queue_name": "steps", "workflow_name": "flow"}, event_id))

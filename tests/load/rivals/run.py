@@ -139,6 +139,7 @@ class Trial:
     def __init__(self, rival: Rival, python: Path, native: NativeServers) -> None:
         urls = native.urls()
         self._rival, self._python, self._native = rival, python, native
+        self._process: subprocess.Popen[bytes] | None = None
         self._environment = os.environ | {
             "RIVAL_RABBITMQ": urls.rabbitmq.partition("?")[0],
             "RIVAL_REDIS": urls.redis,
@@ -187,9 +188,11 @@ class Trial:
         process = subprocess.Popen(
             argv, cwd=HERE, env=self._environment, stdout=subprocess.DEVNULL, stderr=sys.stderr, start_new_session=True
         )
+        self._process = process
         try:
             yield process.pid
         finally:
+            self._process = None
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
@@ -207,6 +210,8 @@ class Trial:
     def _until(self, good: Any, within_s: float, every_s: float) -> None:
         deadline = time.monotonic() + within_s
         while not good():
+            if self._process is not None and self._process.poll() is not None:
+                raise RuntimeError(f"{self._rival.name}: its worker ended with {self._process.returncode}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self._rival.name} did not finish within {within_s:.0f} s")
             time.sleep(every_s)
@@ -317,9 +322,9 @@ def page(found: Mapping[str, Figures], versions: Mapping[str, str], settings: Ma
             "# Performance",
             "",
             (
-                "Written by `make bench-rivals`. Four chained steps, each reading and writing a state in Redis, the last "
-                "ending in a decision and five audit rows in PostgreSQL; durable, at least once; every server on the same "
-                "cores and counted. Medians (least … greatest) of interleaved rounds."
+                "Written by `make bench-rivals`. Four chained steps, each reading and writing a state in Redis, the "
+                "last ending in a decision and five audit rows in PostgreSQL; durable, at least once; every server on "
+                "the same cores and counted. Medians (least … greatest) of interleaved rounds."
             ),
             "",
             "| engine | events/s, draining a backlog | CPU s per 1,000 events | of it clients | p99, ms |",
@@ -331,8 +336,8 @@ def page(found: Mapping[str, Figures], versions: Mapping[str, str], settings: Ma
             "## What is not equal",
             "",
             (
-                "Ours does more: each event is locked and fenced at every step, its five audit records stand in a hash chain "
-                "per tenant that is verified after each run, real stages (subject history, policies, model, guardrails) run, "
+                "Ours does more: each event is locked and fenced at every step, its five audit records stand in a hash "
+                "chain per tenant that is verified after each run, the real stages run (history, policies, model), "
                 "and its p99 ends when the HTTP caller holds the decision; a rival's ends at its row. CPU of the load "
                 "generator is not counted for anybody; ours includes idle doors and sinks."
             ),

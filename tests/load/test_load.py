@@ -75,8 +75,8 @@ async def test_a_flood_is_refused_before_it_is_accepted_and_nothing_accepted_is_
     assert {kind: size for kind, size in peak.items() if size > before[kind].rss + 200 * 2**20} == {}
 
 
-def _kinds(fleet: RunningFleet) -> dict[str, list[int]]:
-    return {name: [pid] for name, pid in fleet.pids().items()}
+def _kinds(running: RunningFleet) -> dict[str, list[int]]:
+    return {name: [pid] for name, pid in running.pids().items()}
 
 
 def test_memory_and_descriptors_stay_flat_over_a_soak() -> None:

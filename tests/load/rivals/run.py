@@ -350,10 +350,10 @@ def page(found: Mapping[str, Figures], versions: Mapping[str, str], settings: Ma
             "",
             f"{machine}. "
             + ", ".join(f"{key} {value}" for key, value in settings.items())
-            + ". A drain of ours runs from "
-            "the moment when every stage worker consumes to the last audit record; of a rival from its first step to its "
-            "last row. A rate is open loop, latencies count from the intended moment. Servers are private and fresh for "
-            "every run.",
+            + ". A drain of ours runs from the moment "
+            "when every stage worker consumes to the last audit record; of a rival from its first step to its last "
+            "row. A rate is open loop, latencies count from the intended moment. Servers are private and fresh "
+            "for every run.",
             *(["", "## What went wrong", "", *problems] if problems else []),
             "",
         ]
@@ -372,7 +372,7 @@ def plot(found: Mapping[str, Figures]) -> str:
         marks += [
             f"<text x='150' y='{y + 14}' text-anchor='end'>{name}</text>",
             f"<rect x='160' y='{y}' width='{middle * scale:.1f}' height='18' fill='{colour}'/>",
-            f"<line x1='{160 + low * scale:.1f}' x2='{160 + high * scale:.1f}' y1='{y + 9}' y2='{y + 9}' stroke='#222'/>",
+            f"<path d='M{160 + low * scale:.1f} {y + 9}H{160 + high * scale:.1f}' stroke='#222'/>",
             f"<text x='{168 + high * scale:.1f}' y='{y + 14}'>{middle:,.0f}</text>",
         ]
     style = "<style>text{font:13px system-ui,sans-serif}</style>"

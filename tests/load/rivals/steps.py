@@ -1,5 +1,5 @@
-"""The work of every rival: four steps, each of which reads and writes the event's state in Redis; the last also writes the
-decision and five audit rows to PostgreSQL, in one transaction, so that a repeat changes nothing.
+"""The work of every rival: four steps, each of which reads and writes the event's state in Redis; the last also writes
+the decision and five audit rows to PostgreSQL, in one transaction, so that a repeat changes nothing.
 
 Runs in a rival's own virtual environment: imports nothing of riskfleet. Connections are one per thread.
 """
@@ -28,7 +28,7 @@ TABLES = """
 DECIDE = (
     "INSERT INTO rival_decisions (event_id, outcome, state, intended) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING"
 )
-AUDIT = "INSERT INTO rival_audit (event_id, n, body) SELECT %s, * FROM unnest(%s::int[], %s::bytea[]) ON CONFLICT DO NOTHING"
+AUDIT = "INSERT INTO rival_audit SELECT %s, * FROM unnest(%s::int[], %s::bytea[]) ON CONFLICT DO NOTHING"
 STARTED = "rival:started"
 _own = threading.local()
 _first = threading.Event()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -34,7 +35,9 @@ class EntryHeader:
     """What a stage must know of an entry before it looks at its bytes.
 
     `attempts` counts the entry's own failures at this stage; `first_failed_at` is the time (RFC 3339)
-    of the first of them; `suspect` says that a process died while it held the entry.
+    of the first of them; `suspect` says that a process died while it held the entry. `received_ms`: when a door
+    accepted the event (ms since 1970), 0 when an earlier release made the entry. `replays` counts how often an
+    operator sent it again from a dead letter.
     """
 
     tenant: str
@@ -49,6 +52,8 @@ class EntryHeader:
     first_failed_at: str | None = None
     suspect: bool = False
     reply_to: str | None = None
+    received_ms: int = 0
+    replays: int = 0
 
     @property
     def scope(self) -> TenantScope:
@@ -65,9 +70,10 @@ class Entry:
 
     @property
     def message_id(self) -> str:
-        """Unique per version, stage and attempt, so that two publishes in flight never share an id."""
+        """Unique per version, stage, attempt and replay, so that two publishes in flight never share an id."""
         h = self.header
-        return f"{h.event}:{h.n}:{h.digest[:16]}:{h.stage}:{h.attempts}{'s' if h.suspect else ''}"
+        again = f"r{h.replays}" if h.replays else ""
+        return f"{h.event}:{h.n}:{h.digest[:16]}:{h.stage}:{h.attempts}{'s' if h.suspect else ''}{again}"
 
     def evolve(self, **changes: Any) -> Entry:
         """The same stored bytes under a changed header."""
@@ -75,7 +81,7 @@ class Entry:
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {
-    name: (int,) if name in ("n", "attempts") else (bool,) if name == "suspect" else (str,)
+    name: (int,) if name in ("n", "attempts", "received_ms", "replays") else (bool,) if name == "suspect" else (str,)
     for name in EntryHeader.__dataclass_fields__
 } | {"first_failed_at": (str, type(None)), "reply_to": (str, type(None))}
 
@@ -91,8 +97,16 @@ def entry_of(state: EventState, stage: str, reply_to: str | None = None) -> Entr
         digest=state.digest,
         body_digest=state.body_digest,
         reply_to=reply_to,
+        received_ms=_milliseconds(state.received_at),
     )
     return Entry(header, state.to_bytes())
+
+
+def _milliseconds(moment: str) -> int:
+    try:
+        return round(datetime.fromisoformat(moment).timestamp() * 1000)
+    except ValueError:  # its age is then counted from when the state store met it
+        return 0
 
 
 def entry_of_record(record: AuditRecord) -> Entry:

@@ -160,6 +160,10 @@ class LimitExceededError(RiskfleetError):
     """The tenant's limit is reached; repeat after the time in Retry-After."""
 
 
+class UndecidedLimitError(LimitExceededError):
+    """The tenant has as many events under way as it may; repeat after Retry-After: decisions make room."""
+
+
 class InfrastructureError(RiskfleetError):
     """A server that riskfleet depends on does not answer."""
 
@@ -204,6 +208,7 @@ FAILURES: dict[type[RiskfleetError], FailureRow] = {
     NotKnownError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 404, "not-known"),
     ConflictError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 409, "conflict"),
     LimitExceededError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "limit-exceeded"),
+    UndecidedLimitError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "too-many-undecided"),
     InfrastructureError: FailureRow(_C.INFRA_ERROR, _S.ERROR, _D.PAUSE, 503, "not-known-to-be-accepted"),
     UnexpectedError: FailureRow(_C.UNEXPECTED_ERROR, _S.ERROR, _D.RETRY, 500, "unexpected"),
     RiskfleetError: FailureRow(_C.UNEXPECTED_ERROR, _S.ERROR, _D.RETRY, 500, "unexpected"),

@@ -44,6 +44,8 @@ class Permission(StrEnum):
     APPROVALS_DECIDE = "approvals:decide"
     HALT = "halt"
     DEADLETTERS_READ = "deadletters:read"
+    DEADLETTERS_PAYLOAD = "deadletters:payload"
+    DEADLETTERS_RESOLVE = "deadletters:resolve"
     AUDIT_READ = "audit:read"
     TENANTS_MANAGE = "tenants:manage"
     USERS_CREATE = "users:create"
@@ -74,6 +76,7 @@ PERMISSIONS: Final[Mapping[Role, frozenset[Permission]]] = {
         Permission.HALT,
         Permission.REGISTRY_ACTIVATE,
         Permission.APPROVALS_OPEN,
+        Permission.DEADLETTERS_RESOLVE,
     },
     Role.ANALYST: _READS
     | {
@@ -81,6 +84,7 @@ PERMISSIONS: Final[Mapping[Role, frozenset[Permission]]] = {
         Permission.EVENTS_SIMULATE,
         Permission.LABELS_SUBMIT,
         Permission.APPROVALS_OPEN,
+        Permission.DEADLETTERS_PAYLOAD,
     },
     Role.APPROVER: _READS
     | {
@@ -89,6 +93,8 @@ PERMISSIONS: Final[Mapping[Role, frozenset[Permission]]] = {
         Permission.APPROVALS_DECIDE,
         Permission.APPROVALS_OPEN,
         Permission.HALT,
+        Permission.DEADLETTERS_RESOLVE,
+        Permission.DEADLETTERS_PAYLOAD,
     },
     Role.VIEWER: _READS - {Permission.AUDIT_READ, Permission.DEADLETTERS_READ},
     Role.SERVICE: frozenset(

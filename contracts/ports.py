@@ -121,11 +121,12 @@ class Reserved(StrEnum):
     NEW = "new"
     REPEAT = "repeat"
     CONFLICT = "conflict"
+    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """The answer to one reservation; `state` holds the stored version 0 to publish (None once it moved on)."""
+    """The answer to one reservation; `stored` is the version 0 to publish (None once it moved on, and when FULL)."""
 
     verdict: Reserved
     version: int
@@ -175,6 +176,7 @@ class Advance:
     """Move one claimed event on to the next version. `tombstone` keeps a few bytes instead of the state.
 
     `status` is what `Peek` answers of a final version, whose number does not tell it; "" for the others.
+    `received_ms` as in the entry's header.
     """
 
     scope: TenantScope
@@ -189,6 +191,7 @@ class Advance:
     output: bytes
     tombstone: bool = False
     status: str = ""
+    received_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,19 @@ class Held:
     scope: TenantScope
     event_id: str
     token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """An event that leaves the backlog at this version: parked, decided elsewhere, or not known to be accepted.
+
+    Its state stays; whoever claims it, or submits it once more, puts it back.
+    """
+
+    scope: TenantScope
+    event_id: str
+    n: int
+    body_digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +230,12 @@ class Peek:
 class StateStore(Protocol):
     """The current version, lock and stored output of each event (Redis)."""
 
-    async def reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
-        """Store version 0 unless the identity is known: the answer says which."""
+    async def reserve(self, entries: Sequence[Entry], limits: Sequence[int | None] = ()) -> Sequence[Reservation]:
+        """Store version 0 unless the identity is known: the answer says which.
+
+        `limits`: the most undecided events of each entry's tenant, None for no limit, one per entry (or none at all);
+        an unknown identity beyond it is FULL, and nothing is stored. A known one is answered whatever the limit.
+        """
         ...
 
     async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
@@ -226,8 +246,11 @@ class StateStore(Protocol):
         """Store the next version and release the lock; False = the lock is no longer mine (claim again)."""
         ...
 
-    async def release(self, held: Sequence[Held]) -> None:
-        """Give locks back without advancing; a lock that is not mine is left alone."""
+    async def release(self, held: Sequence[Held], leaving: Sequence[Leaving] = ()) -> None:
+        """Give locks back without advancing, and take events off the backlog.
+
+        A lock that is not mine, and an event that is at another version or another body's by now, are left alone.
+        """
         ...
 
     async def peek(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[Peek | None]:
@@ -248,6 +271,37 @@ class StateStore(Protocol):
 
     async def end_alone(self, scope: TenantScope, event_id: str, stage: str) -> None:
         """The suspect settled: forget it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageBacklog:
+    """Undecided, unparked events at a stage, and when the oldest was received (ms since 1970; None: there is none).
+
+    `whole`: since `trust` said so, the state store has forgotten nothing. `claimed` and `advanced` count attempts that
+    began and that were won, from an arbitrary start on; they begin anew when the state store forgets.
+    """
+
+    events: int
+    oldest_ms: int | None
+    whole: bool
+    claimed: int = 0
+    advanced: int = 0
+
+
+class Backlogs(Protocol):
+    """How many events are under way (Redis). Counts are of this moment, exact while nothing was forgotten."""
+
+    async def backlog(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[StageBacklog]:
+        """One per stage, in pipeline order, over all these tenants."""
+        ...
+
+    async def undecided(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[int]:
+        """Events of each tenant at any stage."""
+        ...
+
+    async def trust(self, stages: Sequence[str]) -> None:
+        """Say that everything which waits for these stages is counted now; forgotten with everything else."""
         ...
 
 
@@ -290,6 +344,10 @@ class Ledger(Protocol):
 
     async def known(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[bool]:
         """Whether the `events` table has each event."""
+        ...
+
+    async def failed(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[bool]:
+        """Whether a person discarded the dead letter of each event; a decision that came all the same stands."""
         ...
 
     async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
@@ -349,7 +407,10 @@ class AuditLog(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One parked entry: why, and the bytes to replay. `letter_id` names entry and attempt."""
+    """One parked entry: why, and the bytes to replay. `letter_id` names entry, attempt and replay.
+
+    `replays` counts how often an operator had sent it again before it failed this time.
+    """
 
     letter_id: str
     scope: TenantScope | None
@@ -363,24 +424,26 @@ class DeadLetter:
     first_failed_at: str
     last_failed_at: str
     body: bytes
+    replays: int = 0
 
 
 class DeadLetters(Protocol):
     """The table `dead_letters`."""
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
-        """Insert once each; a repeat changes nothing."""
+        """Insert once each, closed when a stage parked it whose event is decided; a repeat changes nothing."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TenantProfile:
-    """A tenant as its callers see it."""
+    """A tenant as its callers see it; `undecided_events` is the most that may be under way, None for no limit."""
 
     scope: TenantScope
     name: str
     broker_user: str | None
     thresholds: Thresholds
+    undecided_events: int | None = None
 
 
 class Credentials(Protocol):
@@ -449,6 +512,17 @@ class Simulator(Protocol):
 
     async def simulate(self, scope: TenantScope, event: Event) -> Decision:
         """The decision that the event would get now. Raises LimitExceededError when too many run at once."""
+        ...
+
+
+class Redecider(Protocol):
+    """Carries an event on from the version that it has reached, without recording or sending anything."""
+
+    async def redecide(self, state: EventState) -> Decision:
+        """The decision that this version would come to now, on its own pins if it has them.
+
+        Raises what its stages would raise, and LimitExceededError when too many run at once.
+        """
         ...
 
 

@@ -21,6 +21,8 @@ from contracts.tenancy import TenantScope
 from contracts.topology import INGEST
 
 FAILURE_HEADER = "x-riskfleet-failure"
+REPLAYS_HEADER = "x-riskfleet-replays"
+"""How often an operator sent this message again, for bodies that have no header of their own to say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,25 @@ class Pause:
     reason: str
 
 
-Settlement = Ack | Pause
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Only this delivery has to wait: it stays unacked and is worked on again in `seconds`; its neighbours go on.
+
+    A queue whose deliveries wait fills its consumer's prefetch, and so is consumed as fast as they stop waiting.
+    """
+
+    seconds: float
+
+
+Settlement = Ack | Pause | Wait
 
 
 def failure_headers(letter: DeadLetter) -> dict[str, Any]:
     """The headers of a parked message: all of the letter except its body."""
     fields = {name: value for name, value in asdict(letter).items() if name not in ("scope", "body")}
     fields["tenant"] = letter.scope.tenant_id if letter.scope else None
+    if not letter.replays:  # a sink of the release before does not know the field
+        del fields["replays"]
     return {FAILURE_HEADER: canonical_json(fields).decode()}
 
 
@@ -62,6 +76,12 @@ def letter_from(headers: Mapping[str, Any], body: bytes) -> DeadLetter:
         return DeadLetter(scope=None if tenant is None else TenantScope(tenant), body=body, **fields)
     except (KeyError, TypeError, ValueError, InvalidTenantError) as error:
         raise UndecodableEntryError(f"the {FAILURE_HEADER} header cannot be read") from error
+
+
+def replays_of(headers: Mapping[str, Any]) -> int:
+    """How often a message was replayed, as its header says; 0 without a header that can be read."""
+    value = headers.get(REPLAYS_HEADER)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else 0
 
 
 def undelivered_letters(headers: Mapping[str, Any], body: bytes, at: str) -> tuple[DeadLetter, ...]:
@@ -112,4 +132,5 @@ def _undelivered(entry: Entry | None, stage: str, body: bytes, at: str) -> DeadL
         first_failed_at=at,
         last_failed_at=at,
         body=body,
+        replays=entry.header.replays if entry and scope else 0,
     )

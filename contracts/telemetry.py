@@ -17,6 +17,7 @@ class MetricType(StrEnum):
 
     COUNTER = "counter"
     HISTOGRAM = "histogram"
+    GAUGE = "gauge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,17 @@ METRICS: Mapping[str, Metric] = {
         OPERATOR_CALLS,
     )
 }
+
+_G = MetricType.GAUGE
+BACKLOG_EVENTS = Metric("riskfleet_backlog_events", _G, "Undecided, unparked events at a stage.", ("stage",))
+BACKLOG_OLDEST = Metric("riskfleet_backlog_oldest_seconds", _G, "Age of the oldest event at a stage.", ("stage",))
+SCALING_CURRENT = Metric("riskfleet_autoscaler_current_workers", _G, "Workers that consume a stage.", ("stage",))
+SCALING_DESIRED = Metric("riskfleet_autoscaler_desired_workers", _G, "Workers that a stage should have.", ("stage",))
+SCALING_DECISIONS = Metric(
+    "riskfleet_autoscaler_decisions_total", _C, "Scaling decisions.", ("stage", "action", "reason")
+)
+AUTOSCALER_METRICS = (BACKLOG_EVENTS, BACKLOG_OLDEST, SCALING_CURRENT, SCALING_DESIRED, SCALING_DECISIONS)
+"""On the autoscaler's own port: what is true now is told by the process that measured it."""
 
 
 @dataclass(frozen=True, slots=True)

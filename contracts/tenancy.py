@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from contracts.failures import InvalidTenantError
 
@@ -19,6 +20,7 @@ _RESERVED = frozenset({"unrouted"})  # its ingest queue is everybody's: risk.ing
 _MASK64 = (1 << 64) - 1
 
 
+@lru_cache(maxsize=16_384)  # every key of every event asks for it
 def virtual_slot(tenant_id: str) -> int:
     """The fixed slot (0–4,095) of a tenant: the first 8 bytes of SHA-256, big endian, mod 4,096."""
     digest = hashlib.sha256(tenant_id.encode()).digest()
@@ -72,6 +74,11 @@ class TenantScope:
     def suspect_key(self, event_id: str, stage: str) -> str:
         """The Redis key that remembers which process runs a suspect entry alone."""
         return f"rf:{{s{self.slot:04d}}}:a:{self.tenant_id}:{event_id}:{stage}"
+
+    @property
+    def backlog_key(self) -> str:
+        """The Redis key of this tenant's backlog; `:n` behind it names the set of its events at version n."""
+        return f"rf:{{s{self.slot:04d}}}:b:{self.tenant_id}"
 
     @property
     def ingest_queue(self) -> str:

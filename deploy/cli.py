@@ -24,7 +24,8 @@ from contracts.tenancy import TenantScope
 from contracts.topology import Stage, topology
 from deploy import cli_bench, cli_people, keys, local, logs, provision, role, settings, submit
 from deploy import doctor as doctor_checks
-from deploy.cli_approvals import approvals_app, dlq_app
+from deploy.cli_approvals import approvals_app
+from deploy.cli_dlq import dlq_app
 from deploy.cli_registry import halt_app, registry_app
 from deploy.processes import ServersError
 from deploy.runtime import SystemClock
@@ -144,6 +145,12 @@ def ingress(health_port: HealthPort = None) -> None:
 def control() -> None:
     """The operator API: registry, approvals, people, tenants."""
     role.run("control", None, None)
+
+
+@app.command()
+def autoscaler() -> None:
+    """Decides how many workers each stage should have; answers on RISKFLEET_SCALING_PORT and starts nothing."""
+    role.run("autoscaler", None, None)
 
 
 @app.command()

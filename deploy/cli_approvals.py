@@ -1,4 +1,4 @@
-"""`riskfleet approvals` and `riskfleet dlq`: what waits for people, and dead letters, through the operator API.
+"""`riskfleet approvals`: what waits for people, through the operator API.
 
 Promises: a command acts with its caller's own credential, and an answer names the revision that its sender read, so
 that a screen of yesterday decides nothing. Holds no rule of its own. Prints no payload: the API has none.
@@ -6,27 +6,18 @@ that a screen of yesterday decides nothing. Holds no rule of its own. Prints no 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import orjson
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from deploy import settings
 from deploy.operator import OperatorClient, client_from_environment, load_session
+from deploy.printing import console, print_fields, print_json, print_page, print_table, text
 from deploy.settings import SettingsError
 
 approvals_app = typer.Typer(no_args_is_help=True, help="Decisions that wait for people.")
-dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: entries that were parked.")
-
-console = Console()
 
 
 class Status(StrEnum):
@@ -37,16 +28,6 @@ class Status(StrEnum):
     REJECTED = "rejected"
     SUPERSEDED = "superseded"
     EXPIRED = "expired"
-
-
-class LetterStatus(StrEnum):
-    """Where a dead letter stands."""
-
-    OPEN = "open"
-    CLOSED = "closed"
-    REPLAYED = "replayed"
-    DISCARDED = "discarded"
-    ALL = "all"
 
 
 class Cause(StrEnum):
@@ -65,9 +46,6 @@ After = Annotated[str | None, typer.Option("--after", help="Go on after this cur
 Limit = Annotated[int, typer.Option("--limit", min=1, max=200, help="How many at most.")]
 
 _QUEUE = ("event_id", "revision", "priority", "amount", "votes", "due", "claimed_by", "reasons")
-_LETTERS = ("letter_id", "stage", "problem", "attempts", "status", "parked_at", "fingerprint")
-_PIPE_WIDTH = 160
-_ENTRIES = ("event_id", "stage", "n", "digest", "attempts", "suspect", "size")
 _EMPTY = {
     Status.OPEN: "nothing waits for people: every event of this tenant was decided without them, or by them",
     Status.APPROVED: "no approval was approved by people yet",
@@ -89,10 +67,10 @@ def list_approvals(
     with _client() as client:
         page = client.get(f"{_root(tenant)}/approvals", status=status.value, after=after, limit=limit)
     if as_json:
-        _print_json(page)
+        print_json(page)
         return
     rows = [_line(approval) for approval in page["approvals"]]
-    _print_page(rows, _QUEUE, page["next"], _EMPTY[status] if after is None else "the page before was the last one")
+    print_page(rows, _QUEUE, page["next"], _EMPTY[status] if after is None else "the page before was the last one")
 
 
 @approvals_app.command("show")
@@ -101,11 +79,11 @@ def show_approval(event: Event, tenant: Tenant = None, as_json: AsJson = False) 
     with _client() as client:
         view = client.get(_path(tenant, event))
     if as_json:
-        _print_json(view)
+        print_json(view)
         return
-    _print_fields({name: value for name, value in view["approval"].items() if value not in (None, "")})
+    print_fields({name: value for name, value in view["approval"].items() if value not in (None, "")})
     if view["votes"]:
-        _print_table(view["votes"], ("person", "vote", "reason", "voted_at"))
+        print_table(view["votes"], ("person", "vote", "reason", "voted_at"))
     else:
         console.print("nobody voted on this revision yet", style="dim")
     for each in view["decisions"]:
@@ -113,11 +91,11 @@ def show_approval(event: Event, tenant: Tenant = None, as_json: AsJson = False) 
         by = each["decider"] or each["decided_by"]
         console.print(
             f"revision {each['revision']}: {each['outcome']} by {by} at {each['decided_at']}, score "
-            f"{_text(decision.get('score'))}, policy {decision['policy']['result']}",
+            f"{text(decision.get('score'))}, policy {decision['policy']['result']}",
             highlight=False,
             markup=False,
         )
-        _print_table(decision["reasons"], ("code", "text", "weight"))
+        print_table(decision["reasons"], ("code", "text", "weight"))
 
 
 @approvals_app.command()
@@ -182,10 +160,10 @@ def report(
     with _client() as client:
         found = client.get(f"{_root(tenant)}/approvals-report", since=since)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     closed = ", ".join(f"{count:,} {status}" for status, count in found["closed"].items())
-    _print_fields(
+    print_fields(
         {
             "since": found["since"],
             "closed": closed or "none",
@@ -197,48 +175,6 @@ def report(
             "agreement": f"{found['agreed']:,} of {found['second_votes']:,} second votes",
         }
     )
-
-
-@dlq_app.command("list")
-def list_letters(
-    status: Annotated[LetterStatus, typer.Option(help="Which.")] = LetterStatus.OPEN,
-    stage: Annotated[str | None, typer.Option(help="Only of this stage.")] = None,
-    category: Annotated[str | None, typer.Option(help="Only of this category.")] = None,
-    fingerprint: Annotated[str | None, typer.Option(help="Only of this group of failures.")] = None,
-    tenant: Tenant = None,
-    after: After = None,
-    limit: Limit = 50,
-    as_json: AsJson = False,
-) -> None:
-    """Dead letters, the newest first."""
-    wanted = {"status": status.value, "stage": stage, "category": category, "fingerprint": fingerprint}
-    with _client() as client:
-        page = client.get(f"{_root(tenant)}/deadletters", **wanted, after=after, limit=limit)
-    if as_json:
-        _print_json(page)
-        return
-    filtered = any((stage, category, fingerprint)) or status is not LetterStatus.OPEN or after is not None
-    empty = "no dead letter is like this" if filtered else "no dead letters: nothing of this tenant is parked"
-    _print_page(page["letters"], _LETTERS, page["next"], empty)
-
-
-@dlq_app.command("show")
-def show_letter(
-    letter: Annotated[str, typer.Argument(help="The letter's id; 'list' prints it.")],
-    tenant: Tenant = None,
-    as_json: AsJson = False,
-) -> None:
-    """One dead letter: why it was parked, and the size and digest of what would be replayed."""
-    with _client() as client:
-        view = client.get(f"{_root(tenant)}/deadletters/{quote(letter, safe='')}")
-    if as_json:
-        _print_json(view)
-        return
-    _print_fields(view["letter"] | {"size": f"{view['size']:,} bytes", "sha256": view["sha256"]})
-    if view["entries"]:
-        _print_table(view["entries"], _ENTRIES)
-    else:
-        console.print("its bytes are not a carrier that this release reads", style="dim")
 
 
 def _courtesy(action: str, event: str, tenant: str | None, as_json: bool) -> None:
@@ -291,53 +227,10 @@ def _line(approval: Any) -> dict[str, Any]:
 
 def _done(found: Any, sentence: str, as_json: bool) -> None:
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_page(rows: Sequence[Any], columns: Sequence[str], after: str | None, empty: str) -> None:
-    if not rows:
-        console.print(empty)
-        return
-    _print_table(rows, columns)
-    if after is not None:
-        console.print(f"there are more: --after {after}", style="dim", highlight=False, soft_wrap=True)
-
-
-def _print_table(rows: Sequence[Any], columns: Sequence[str]) -> None:
-    # An id that is cut off cannot be given to the next command.
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column.endswith("_id"))
-    for row in rows:
-        table.add_row(*(escape(_text(row[column])) for column in columns))
-    _print_wide(table)
-
-
-def _print_fields(fields: dict[str, Any]) -> None:
-    table = Table("field", "value", show_header=False, box=None, pad_edge=False)
-    for name, value in fields.items():
-        table.add_row(name.replace("_", " "), escape(_text(value)))
-    _print_wide(table)
-
-
-def _print_wide(table: Table) -> None:
-    """As wide as the terminal; a file or a pipe has no edge to break lines for."""
-    console.print(table, width=None if console.is_terminal else _PIPE_WIDTH)
-
-
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f} s"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")

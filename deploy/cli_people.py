@@ -11,11 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import orjson
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from contracts.identity import EVERYWHERE, Role
 from deploy import settings
@@ -28,13 +24,12 @@ from deploy.operator import (
     save_session,
     session_file,
 )
+from deploy.printing import console, print_fields, print_json, print_table
 from deploy.settings import SettingsError
 
 users_app = typer.Typer(no_args_is_help=True, help="People: who there is, and what they may do.")
 apikeys_app = typer.Typer(no_args_is_help=True, help="API keys of a tenant; a secret is shown once.")
 tenants_app = typer.Typer(no_args_is_help=True, help="Tenants: their doors, limits and broker users.")
-
-console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept for ever.")]
@@ -247,7 +242,7 @@ def show_tenant(tenant: TenantName, as_json: AsJson = False) -> None:
     with _client() as client:
         found = client.get(_root(tenant))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         _print_tenant(found)
 
@@ -287,7 +282,7 @@ def limit_tenant(
     with _client() as client:
         found = client.put(f"{_root(tenant)}/limits", body | {"reason": reason})
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         _print_tenant(found)
 
@@ -359,27 +354,24 @@ def _command(path: str, reason: str, said: str, as_json: bool) -> None:
 
 def _done(document: Any, said: str, as_json: bool) -> None:
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(documents: Sequence[Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
     if as_json:
-        _print_json(documents)
+        print_json(documents)
         return
-    table = Table(*(column.replace("_", " ") for column in columns))
-    for row in rows:
-        table.add_row(*(escape(_text(row[column])) for column in columns))
-    console.print(table)
+    print_table(rows, columns)
 
 
 def _print_tenant(found: Mapping[str, Any]) -> None:
-    table = Table("field", "value", show_header=False)
+    fields: dict[str, Any] = {}
     for field, value in found.items():
         for name, part in value.items() if isinstance(value, dict) else (("", value),):
-            table.add_row(escape(f"{field} {name}".strip().replace("_", " ")), escape(_text(part)))
-    console.print(table)
+            fields[f"{field} {name}".strip()] = part
+    print_fields(fields)
 
 
 def _roles(grants: Sequence[Mapping[str, str]]) -> str:
@@ -390,13 +382,3 @@ def _roles(grants: Sequence[Mapping[str, str]]) -> str:
 
 def _given(**values: object) -> dict[str, object] | None:
     return {name: value for name, value in values.items() if value is not None} or None
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")

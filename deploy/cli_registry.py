@@ -6,28 +6,22 @@ what is approved is what was looked at. Holds no rule of its own.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import orjson
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from contracts.failures import MalformedBodyError
 from deploy import settings
 from deploy.operator import OperatorClient, client_from_environment, load_session
+from deploy.printing import console, print_fields, print_json, print_table
 from deploy.settings import SettingsError
 
 registry_app = typer.Typer(no_args_is_help=True, help="What decides: models, prompts, policies, guardrails.")
 halt_app = typer.Typer(no_args_is_help=True, help="Stop automatic decisions, and let them go on.")
 registry_app.add_typer(halt_app, name="halt")
-
-console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant; default: the one of the login.")]
@@ -66,11 +60,11 @@ def list_versions(
             else client.get(f"{root}/registry", kind=kind, status=status)
         )
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif active:
-        _print_table(found["active"], _PLACEMENT)
+        print_table(found["active"], _PLACEMENT)
     else:
-        _print_table([each | {"digest": each["digest"][:12]} for each in found["versions"]], _VERSION)
+        print_table([each | {"digest": each["digest"][:12]} for each in found["versions"]], _VERSION)
 
 
 @registry_app.command()
@@ -81,15 +75,12 @@ def show(
     with _client() as client:
         found = client.get(_path(tenant, shared, kind, name, version))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    table = Table("field", "value", show_header=False)
-    for field in (name for name in found if name not in ("content", "evidence")):
-        table.add_row(field, escape(_text(found[field])))
-    console.print(table)
+    print_fields({name: value for name, value in found.items() if name not in ("content", "evidence")})
     for field in ("evidence", "content"):
         console.print(field, style="dim")
-        _print_json(found[field])
+        print_json(found[field])
 
 
 @registry_app.command()
@@ -107,7 +98,7 @@ def diff(
         path = f"{_root(tenant, shared)}/registry/{quote(kind)}/{quote(name)}/diff"
         found = client.get(path, **{"from": before, "to": after})
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         console.print("\n".join(found["lines"]) or "no difference", highlight=False, markup=False, soft_wrap=True)
 
@@ -188,7 +179,7 @@ def activate(
     with _client() as client:
         found = client.post(f"{_root(tenant, shared)}/registry/activate", body)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         for each in found["versions"]:
             console.print(_sentence(each), highlight=False)
@@ -216,7 +207,7 @@ def rollback(
     with _client() as client:
         found = client.post(f"{_root(tenant, shared)}/registry/rollback", body)
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif found["version"] is None:
         console.print("the tenant has nothing of its own there any more: the shared version decides")
     else:
@@ -231,7 +222,7 @@ def halt_set(
     with _client() as client:
         found = client.put(f"{_root(tenant, shared)}/halts/{quote(model)}", {"reason": reason})
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         console.print(f"halted: {found['model']}", highlight=False)
 
@@ -250,9 +241,9 @@ def halt_list(tenant: Tenant = None, shared: Shared = False, as_json: AsJson = F
     with _client() as client:
         found = client.get(f"{_root(tenant, shared)}/halts")
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print_table(found["halts"], ("model", "shared", "reason", "set_by", "set_at"))
+        print_table(found["halts"], ("model", "shared", "reason", "set_by", "set_at"))
 
 
 def _client() -> OperatorClient:
@@ -277,7 +268,7 @@ def _path(tenant: str | None, shared: bool, kind: str, name: str, version: int) 
 
 def _done(version: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(version)
+        print_json(version)
     else:
         console.print(_sentence(version), highlight=False)
 
@@ -286,20 +277,3 @@ def _sentence(version: Any) -> str:
     return (
         f"{version['kind']} {version['name']} version {version['version']} is {version['status']} ({version['digest']})"
     )
-
-
-def _print_table(rows: Sequence[Any], columns: Sequence[str]) -> None:
-    table = Table(*(column.replace("_", " ") for column in columns))
-    for row in rows:
-        table.add_row(*(escape(_text(row[column])) for column in columns))
-    console.print(table)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from deploy import keys
 from deploy.credentials import authenticator, token_issuer
 from deploy.settings import Settings
-from deploy.wiring import Kit, background, health_door, kit, stop_signal
+from deploy.wiring import Kit, background, health_door, kit, registry, stop_signal
 from gateway.control.app import create_control
 from gateway.control.desk import Desk
 from gateway.health import CollectorRegistry, serve
@@ -22,6 +22,8 @@ from governance.postgres.approvals import Approvals
 from governance.postgres.commands import PeoplePolicy, PeoplePorts
 from governance.postgres.directory import PostgresDirectory
 from governance.postgres.gate import RegistryGate
+from governance.postgres.ledger import PostgresLedger
+from governance.postgres.letters import PostgresLetterDesk
 from governance.postgres.looking import Looking
 from governance.postgres.outbox import PostgresOutbox
 from governance.postgres.people import People
@@ -31,8 +33,12 @@ from resilience.relay import OutboxRelay
 from workers.judgement.checks import load_guardrail
 from workers.judgement.models import load_model
 from workers.judgement.policies import load_policy
+from workers.simulation import StageSimulator
+from workers.stages import StagePorts
 
 _LAST_WORD_S = 2.0
+_DRY_RUNS = 8
+"""Letters that are decided again at once, half of them of one tenant."""
 
 
 def validators() -> Mapping[str, Validator]:
@@ -69,6 +75,8 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         people=people,
         approvals=approvals,
         looking=Looking(k.engine, k.state_store),
+        letters=PostgresLetterDesk(k.engine, k.clock, k.ids, settings.partitions),
+        redecider=StageSimulator(StagePorts(PostgresLedger(k.engine), registry(k)), k.clock, k.ids, _DRY_RUNS),
         telemetry=k.telemetry,
         clock=k.clock,
         committed=relay.wake,

@@ -2,8 +2,9 @@
 
 Promises: one crashing role never stops another; a role that keeps crashing is started ever more rarely; at a stop the
 doors close before the stages behind them and the sinks close last, each with its own grace; when the supervisor itself
-is killed its roles are told to drain and end. Does not promise: scaling, or supervision across machines (Kubernetes
-does both); it stands in for them on a developer's machine and in tests.
+is killed its roles are told to drain and end; `scale` starts and drains copies of a role. Does not promise: to know how
+many copies there should be, or supervision across machines (Kubernetes does that); it stands in for it on a developer's
+machine and in tests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -116,8 +117,9 @@ class Fleet:
         """One look at every role: note deaths, start again what is due, call `on_tick` when a second has passed."""
         now = time.monotonic()
         changed = False
-        for running in self._roles.values():
+        for running in list(self._roles.values()):
             if running.stopping:
+                changed = self._note_end(running, now) or changed
                 continue
             if running.process is not None and running.process.poll() is not None:
                 self._note_death(running, now)
@@ -130,6 +132,40 @@ class Fleet:
         if self._on_tick is not None and now >= self._next_on_tick:
             self._next_on_tick = now + _ON_TICK_EVERY_S
             self._on_tick()
+
+    def scale(self, role: str, count: int) -> None:
+        """Have `count` processes of a role, itself included: copies are started now, those too many drain meanwhile.
+
+        The last one started goes first. Raises KeyError for a role that there is not, ValueError below 1.
+        """
+        if count < 1:
+            raise ValueError("a role that is supervised has at least one process")
+        spec = self._roles[role].spec
+        for number in range(2, count + 1):
+            name = f"{role}-{number}"
+            if name not in self._roles:
+                self._roles[name] = _Running(replace(spec, name=name, argv=_own_port(spec.argv)))
+                self._say(f"starting {name}")
+                self._launch(self._roles[name])
+        number = count + 1
+        while (running := self._roles.get(f"{role}-{number}")) is not None:
+            if not running.stopping:
+                self._say(f"stopping {running.spec.name}")
+                running.stopping, running.start_at = True, time.monotonic() + running.spec.grace_s
+                if running.process is not None:
+                    running.process.terminate()
+            number += 1
+        self._publish()
+
+    def _note_end(self, running: _Running, now: float) -> bool:
+        """Whether a copy that was told to stop has ended; past its grace it is killed."""
+        if running.process is not None and running.process.poll() is None:
+            if now < running.start_at:
+                return False
+            self._say(f"{running.spec.name} did not drain within {running.spec.grace_s:.0f} s; killing it")
+        self._kill(running)
+        self._roles.pop(running.spec.name, None)
+        return True
 
     def stop(self) -> None:
         """Stop the roles group by group in ascending order; SIGTERM, their grace, then SIGKILL. May be called twice."""
@@ -217,6 +253,14 @@ class Fleet:
         temporary = self._log_dir / ".fleet.json.new"
         temporary.write_text(json.dumps(self.pids(), indent=1) + "\n")
         temporary.replace(self._log_dir / "fleet.json")
+
+
+def _own_port(argv: Sequence[str]) -> tuple[str, ...]:
+    """The command of a copy: two processes cannot have one health port, so a copy takes a free one."""
+    if "--health-port" not in argv:
+        return tuple(argv)
+    place = list(argv).index("--health-port") + 1
+    return (*argv[:place], "0", *argv[place + 1 :])
 
 
 def _dies_with_parent() -> list[str]:

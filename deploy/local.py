@@ -58,9 +58,9 @@ def with_servers(settings: Settings, urls: ServerUrls) -> Settings:
     )
 
 
-def roles(health_base: int) -> list[RoleSpec]:
+def roles(health_base: int, *, scaled: bool = False) -> list[RoleSpec]:
     """Every role of a local fleet in stop order; each has a health port from `health_base` on (the two
-    HTTP doors answer health on their own).
+    HTTP doors answer health on their own). `scaled`: with the autoscaler.
     """
     named = [
         ("gateway", ("gateway",)),
@@ -68,6 +68,7 @@ def roles(health_base: int) -> list[RoleSpec]:
         *((str(stage), ("worker", str(stage))) for stage in STAGES),
         *((f"sink-{name}", ("sink", name)) for name in ("parking", "audit", "metrics")),
         ("control", ("control",)),
+        *([("autoscaler", ("autoscaler",))] if scaled else []),
     ]
     return [
         RoleSpec(name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), _order(name), 15.0)
@@ -81,6 +82,18 @@ def _order(role: str) -> int:
     if role in stages:
         return 1 + stages.index(role)
     return len(stages) + 1 if role.startswith("sink-") else 0
+
+
+def obey(settings: Settings, fleet: Fleet) -> None:
+    """Have as many workers of each stage as the autoscaler wants; while it does not answer, as many as there are."""
+    for stage in STAGES:
+        url = f"http://{settings.health_host}:{settings.scaling_port}/ops/v1/scaling/{stage}"
+        try:
+            answer = httpx.get(url, timeout=1)
+        except httpx.TransportError:
+            return
+        if answer.status_code == 200:
+            fleet.scale(str(stage), min(max(int(answer.json()["desired"]), 1), settings.workers_max))
 
 
 def up(settings: Settings, *, demo: bool, oneshot: bool, health_base: int = 9100) -> int:
@@ -105,13 +118,15 @@ def up(settings: Settings, *, demo: bool, oneshot: bool, health_base: int = 9100
         events = reading.result()
         settings = with_servers(settings, urls)
         credentials = asyncio.run(_prepare(settings, say))
-        fleet = Fleet(
-            roles(health_base),
-            _environment(settings),
-            settings.data_dir / "logs",
-            say,
-            servers.ensure_alive if servers else None,
-        )
+        scaled = settings.workers_max > 1
+
+        def look() -> None:
+            if servers is not None:
+                servers.ensure_alive()
+            if scaled:
+                obey(settings, fleet)
+
+        fleet = Fleet(roles(health_base, scaled=scaled), _environment(settings), settings.data_dir / "logs", say, look)
         fleet.start()
         try:
             _wait_ready(settings, fleet, stop)

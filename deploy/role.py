@@ -34,7 +34,7 @@ def run(role: str, which: str | None, health_port: int | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes as of the command line: 0 stopped, 1 failed, 2 wrong settings, 3 a server is not reachable."""
     parser = argparse.ArgumentParser(prog="python -m deploy.role", description="Run one role of the fleet.")
-    parser.add_argument("role", choices=("gateway", "ingress", "control", "worker", "sink"))
+    parser.add_argument("role", choices=("gateway", "ingress", "control", "autoscaler", "worker", "sink"))
     parser.add_argument("which", nargs="?", choices=(*map(str, STAGES), *SINKS))
     parser.add_argument("--health-port", type=int)
     given = parser.parse_args(arguments)

@@ -60,6 +60,11 @@ class Settings(BaseModel):
     lease_ms: int = Field(10_000, ge=100, le=10_000, description="Milliseconds that a claim lasts")
     prefetch: int = Field(128, ge=1, le=2_000, description="Unacked messages per consumer")
     group: int = Field(64, ge=1, le=256, description="Events that a worker gathers before it settles them together")
+    workers_min: int = Field(1, ge=1, le=64, description="Fewest workers that the autoscaler wants of a stage")
+    workers_max: int = Field(1, ge=1, le=64, description="Most workers per stage; 1 turns scaling on this machine off")
+    scaling_port: int = Field(8082, ge=0, le=65535, description="Private port of the autoscaler")
+    scaling_slo_s: float = Field(10.0, gt=0, le=3_600, description="Seconds that no event should wait at a stage")
+    scaling_period_s: float = Field(5.0, ge=0.1, le=60, description="Seconds between two looks of the autoscaler")
     retry_waits_ms: tuple[int, ...] = Field((1_000, 5_000, 15_000, 30_000), description="Waits between attempts")
     publish_timeout_s: float = Field(5.0, gt=0, description="Seconds until a missing confirm counts as unknown")
 
@@ -136,6 +141,8 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         wrong = "; ".join(f"{names.get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}" for e in error.errors())
         raise SettingsError(wrong) from None
+    if settings.workers_min > settings.workers_max:
+        raise SettingsError("RISKFLEET_WORKERS_MIN is above RISKFLEET_WORKERS_MAX")
     if settings.environment == "production" and settings.jwt_secret is not None:
         raise SettingsError("JWT_SECRET is for local development only; RISKFLEET_ENVIRONMENT=production refuses it")
     return settings

@@ -115,7 +115,7 @@ async def check_eviction(state_store: RedisStateStore) -> None:
 
 
 def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any, None]:
-    """The work of a role: gateway, ingress, control, worker STAGE, or sink audit|metrics|parking.
+    """The work of a role: gateway, ingress, control, autoscaler, worker STAGE, or sink audit|metrics|parking.
 
     Raises SettingsError for a role that there is not.
     """
@@ -128,6 +128,10 @@ def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any
             return run_gateway(settings)
         case "ingress", None:
             return run_ingress(settings)
+        case "autoscaler", None:
+            from deploy.autoscaler import run_autoscaler
+
+            return run_autoscaler(settings)
         case "worker", str(stage) if stage in STAGES:
             return run_worker(settings, Stage(stage))
         case "sink", "audit" | "metrics" | "parking":
@@ -204,8 +208,8 @@ async def run_gateway(settings: Settings) -> None:
 
     async with kit(settings, "gateway") as k:
         ledger = PostgresLedger(k.engine)
-        refusals, intake = _doors(k, ledger)
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
+        refusals, intake = _doors(k, ledger, directory)
         stop = stop_signal()
         async with AsyncExitStack() as stack:
             replies = RabbitReplies(settings.need("rabbitmq_url"), k.boot)
@@ -244,8 +248,8 @@ async def run_ingress(settings: Settings) -> None:
     from gateway.labelling import LabelDesk
 
     async with kit(settings, "ingress") as k:
-        refusals, intake = _doors(k, PostgresLedger(k.engine))
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
+        refusals, intake = _doors(k, PostgresLedger(k.engine), directory)
         labels = LabelDesk(k.publisher, k.telemetry, k.clock, refusals)
         ingress = Ingress(intake, labels, directory, k.publisher, refusals, k.clock, k.ids)
         consumer = _consumer(k, [UNROUTED], ingress.handle)
@@ -258,12 +262,12 @@ async def run_ingress(settings: Settings) -> None:
         await refusals.flush(final=True)
 
 
-def _doors(k: Kit, ledger: PostgresLedger) -> tuple[RefusalLog, Intake]:
+def _doors(k: Kit, ledger: PostgresLedger, directory: PostgresDirectory) -> tuple[RefusalLog, Intake]:
     from gateway.intake import Intake, IntakePorts
 
     counter = RefusalCounter(RefusalPolicy(k.boot))
     refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.settings.partitions)
-    ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids)
+    ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids, directory)
     return refusals, Intake(ports, refusals, k.settings.partitions)
 
 

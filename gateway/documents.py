@@ -77,6 +77,8 @@ REMEDIES: Final[Mapping[str, str]] = {
     "foreign-tenant": "Name your own tenant, or none: the credential decides.",
     "encryption": "Report it to the operator; repeat later with the same identity.",
     "not-known": "Check the id. Right after a submission: repeat in a second.",
+    "too-many-undecided": "Too many of the tenant's events are under way. Wait for the seconds in `Retry-After`, then "
+    "repeat with the same identity.",
     "limit-exceeded": "Wait for the seconds in `Retry-After`, then repeat with the same identity.",
     "not-known-to-be-accepted": "Repeat with the same identity until it is answered; that is always safe.",
     "unexpected": "Report it to the operator with the correlation id; repeating with the same identity is safe.",

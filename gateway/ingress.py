@@ -3,7 +3,8 @@
 Promises: a delivery is acked only after what it owes is confirmed: the event's message, the repeated
 decision, the problem document, or its dead letter. The tenant is the one of the broker user that RabbitMQ
 itself verified (`user_id`), never one that the message names. A delivery that nothing can process is parked
-after three tries, so it never blocks the queue. A delivery is an event, a CloudEvent (binary or structured), a batch
+after three tries, so it never blocks the queue. A tenant that has too many events under way waits in its own queue, and
+no other tenant with it. A delivery is an event, a CloudEvent (binary or structured), a batch
 of CloudEvents, which is acked when all of it has settled, or a label. Nothing here connects, consumes or acks.
 """
 
@@ -25,6 +26,7 @@ from contracts.failures import (
     MessagingFailureError,
     RiskfleetError,
     TenantIsolationError,
+    UndecidedLimitError,
     UnsupportedMediaTypeError,
     classify,
     fingerprint,
@@ -32,7 +34,7 @@ from contracts.failures import (
 )
 from contracts.messages import arrived, decision_message, delivery_message, parked_message, rejection_message
 from contracts.ports import Clock, Confirm, DeadLetter, Delivery, Directory, Ids, Message, Publisher
-from contracts.settlement import Ack, Pause, Settlement
+from contracts.settlement import Ack, Pause, Settlement, Wait
 from contracts.telemetry import bind_correlation, current_correlation
 from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, REJECTED
@@ -49,6 +51,7 @@ TRIES = 3
 MAX_DELIVERIES = 20  # the same last net as the stage queues have by policy
 LABEL: Final = "label"
 _DELIVERY_WAIT_MS: Final = 1_000
+_FULL_WAIT_S: Final = 1.0
 
 Verdict = Admission | LabelAdmission | Refusal
 
@@ -154,8 +157,12 @@ class Ingress:
         """Ack once everything that the verdicts owe is confirmed; `numbered`: they are the items of a batch."""
         owed: dict[str, Message] = {}
         undecided: RiskfleetError | None = None
+        full = False
         for index, verdict in enumerate(verdicts):
             if isinstance(verdict, Refusal):
+                if isinstance(verdict.error, UndecidedLimitError):
+                    full = True
+                    continue
                 if classify(verdict.error).status >= 500:
                     # A server that is away comes before a defect: it must not have its neighbours parked.
                     if undecided is None or isinstance(verdict.error, InfrastructureError):
@@ -172,7 +179,8 @@ class Ingress:
         if undecided is not None:
             # Infrastructure pauses, anything else is tried again and parked. What was answered is answered again then.
             raise undecided
-        return Ack()
+        # Never refused here, only taken later. What else the delivery held is a repeat then, and harmless.
+        return Wait(_FULL_WAIT_S) if full else Ack()
 
     async def _park(
         self, delivery: Delivery, scope: TenantScope | None, failure: Exception | None, first_failed_at: str

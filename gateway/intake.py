@@ -9,6 +9,7 @@ event. Nothing here authenticates or speaks a transport.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +23,12 @@ from contracts.events import Event, body_digest_of, event_id_of, parse_event
 from contracts.failures import (
     DomainValidationError,
     IdempotencyConflictError,
+    InfrastructureError,
     InvalidMetadataError,
     MessagingFailureError,
     RiskfleetError,
     TenantIsolationError,
+    UndecidedLimitError,
     UnexpectedError,
     fingerprint,
 )
@@ -36,13 +39,16 @@ from contracts.ports import (
     Clock,
     Confirm,
     DecisionRow,
+    Directory,
     Ids,
+    Leaving,
     Ledger,
     Publisher,
     Reservation,
     Reserved,
     StateStore,
     Telemetry,
+    TenantProfile,
 )
 from contracts.state import begin
 from contracts.telemetry import (
@@ -139,7 +145,7 @@ class Foreseen:
 
 @dataclass(frozen=True, slots=True)
 class IntakePorts:
-    """What an intake needs from outside."""
+    """What an intake needs from outside; `directory` tells the tenants' limits, without it there are none."""
 
     state_store: StateStore
     publisher: Publisher
@@ -147,6 +153,7 @@ class IntakePorts:
     telemetry: Telemetry
     clock: Clock
     ids: Ids
+    directory: Directory | None = None
 
 
 def correlation_of(correlation_id: str | None, traceparent: str | None, ids: Ids) -> Correlation:
@@ -167,9 +174,11 @@ class Intake:
         self._ports = ports
         self._refusals = refusals
         self._partitions = partitions
-        self._reservations: Gathered[Entry, Reservation] = Gathered(ports.state_store.reserve)
         # By partition: a queue that does not answer must not hold up the others.
         self._publishing: dict[int, Gathered[Entry, Confirm]] = {}
+        self._reservations: Gathered[Entry, Reservation] = Gathered(self._reserve)
+        self._profiles: Sequence[TenantProfile] = ()
+        self._limits: dict[TenantScope, int | None] = {}
         self._decisions: Gathered[tuple[TenantScope, str], DecisionRow | None] = Gathered(ports.ledger.decisions)
 
     async def admit(self, submission: Submission) -> Admission | Refusal:
@@ -224,6 +233,25 @@ class Intake:
         self._measure(submission.source, refusal, 0.0)
         return refusal
 
+    async def _reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
+        limits = await self._undecided_limits()
+        return await self._ports.state_store.reserve(entries, [limits.get(e.header.scope) for e in entries])
+
+    async def _undecided_limits(self) -> Mapping[TenantScope, int | None]:
+        """The most undecided events by tenant; while the directory does not answer, as it last said."""
+        if self._ports.directory is None:
+            return {}
+        try:
+            profiles = await self._ports.directory.tenants()
+        except InfrastructureError:
+            if not self._profiles:
+                raise
+            return self._limits
+        if profiles is not self._profiles:
+            self._profiles = profiles
+            self._limits = {profile.scope: profile.undecided_events for profile in profiles}
+        return self._limits
+
     async def _verdict(self, submission: Submission) -> Admission | Refusal:
         envelope = _UNOPENED
         identity: str | None = None
@@ -244,7 +272,9 @@ class Intake:
         except RiskfleetError as error:
             if error.pointers:
                 error.pointers = envelope.placed(error.pointers)
-            self._refusals.note(submission.scope, error, submission.source)
+            # At the AMQP door it is no refusal: the delivery waits.
+            if submission.source == "http" or not isinstance(error, UndecidedLimitError):
+                self._refusals.note(submission.scope, error, submission.source)
             return Refusal(error, event_id, identity)
 
     def _generated(self, submission: Submission) -> str:
@@ -288,6 +318,8 @@ class Intake:
             state.correlation_id,
             reservation.verdict is not Reserved.NEW,
         )
+        if reservation.verdict is Reserved.FULL:
+            raise UndecidedLimitError
         if reservation.verdict is Reserved.CONFLICT:
             # After Redis forgot, another body may have reserved what this one was decided under.
             repeat = await self._repeat(submission.scope, state.body_digest, admission)
@@ -314,12 +346,19 @@ class Intake:
         queue = entry.header.scope.partition(self._partitions)
         confirm = await self._publishing.setdefault(queue, Gathered(self._publish_carriers)).one(entry)
         if confirm is not Confirm.CONFIRMED:
+            await self._forgo(entry)
             raise MessagingFailureError(_NOT_CONFIRMED[confirm])
 
     async def _publish_carriers(self, entries: Sequence[Entry]) -> list[Confirm]:
         """Entries of one queue, as few messages as they need; each shares its carrier's confirm."""
         confirms = await self._ports.publisher.publish(stage_messages(entries, self._partitions))
         return [confirm for group, confirm in zip(carriers(entries), confirms, strict=True) for _ in group]
+
+    async def _forgo(self, entry: Entry) -> None:
+        """What is not known to be accepted takes no room; should it have arrived all the same, its claim counts it."""
+        h = entry.header
+        with contextlib.suppress(InfrastructureError):
+            await self._ports.state_store.release((), [Leaving(h.scope, h.event, h.n, h.body_digest)])
 
     def _measure(self, door: Door, verdict: Admission | Refusal, seconds: float) -> None:
         self._ports.telemetry.record(Measurement(REQUEST_SECONDS, seconds, {"door": door}))

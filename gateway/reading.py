@@ -171,7 +171,10 @@ class Reading:
         (row,) = await self._ports.ledger.decisions(key)
         if row is not None:
             return json_answer(200, _decided(event_id, row))
+        (failed,) = await self._ports.ledger.failed(key)
         (peek,) = await self._ports.state_store.peek(key)
+        if failed:
+            return json_answer(200, _failed(event_id, peek))
         if peek is None:
             (known,) = await self._ports.ledger.known(key)
             if not known:
@@ -214,6 +217,13 @@ def _decided(event_id: str, row: DecisionRow) -> dict[str, Any]:
         "decision": orjson.Fragment(row.decision),
         "trail": [entry.model_dump(mode="json") for entry in state.trail],
     }
+
+
+def _failed(event_id: str, peek: Peek | None) -> dict[str, Any]:
+    """Nobody goes on with it: what the state store remembers of it is how far it came."""
+    known = {} if peek is None or peek.version >= FINAL_VERSION else _under_way(event_id, peek)
+    known |= {"event_id": event_id, "status": Status.FAILED, "version": FINAL_VERSION, "stage": None}
+    return {name: value for name, value in known.items() if name != "holder"}
 
 
 def _under_way(event_id: str, peek: Peek) -> dict[str, Any]:

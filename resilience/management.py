@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -23,6 +24,14 @@ UPSTREAM_EXCHANGES: Final = (INGEST, DECISIONS, REJECTED)
 
 NOTHING: Final = "^$"
 """The pattern of no name at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """Messages (ready and unacked) in some queues, and the most consumers that one of them has."""
+
+    messages: int
+    consumers: int
 
 
 class BrokerManagement:
@@ -95,6 +104,14 @@ class BrokerManagement:
         rows = await self._call("GET", f"queues/{self._vhost}?columns=name,messages")
         wanted = set(names)
         return sum(int(row.get("messages", 0)) for row in rows or () if row["name"] in wanted)
+
+    async def loads(self, names: Sequence[str]) -> QueueLoad:
+        """What these queues hold together, and how many consume the busiest of them; up to 5 s old."""
+        rows = await self._call("GET", f"queues/{self._vhost}?columns=name,messages,consumers")
+        wanted = set(names)
+        found = [row for row in rows or () if row["name"] in wanted]
+        messages = sum(int(row.get("messages", 0)) for row in found)
+        return QueueLoad(messages, max((int(row.get("consumers", 0)) for row in found), default=0))
 
     async def declare_temporary(self, name: str) -> None:
         """A quorum queue that the broker removes after a minute without use."""

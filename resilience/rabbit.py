@@ -29,7 +29,7 @@ from pamqp.commands import Basic
 
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Confirm, Delivery, Message
-from contracts.settlement import Ack, Pause, Settlement
+from contracts.settlement import Ack, Pause, Settlement, Wait
 from contracts.topology import reply_queue
 from resilience.replies import ReplyBoard
 
@@ -316,6 +316,8 @@ class RabbitConsumer:
         for held, settlement in zip(group, settled, strict=True):
             if isinstance(settlement, Ack):
                 await _ack(held)
+            elif isinstance(settlement, Wait):
+                asyncio.get_running_loop().call_later(settlement.seconds, self._waiting.put_nowait, held)
             else:
                 left.append(held)
                 self.paused_reason = settlement.reason

@@ -6,7 +6,11 @@ answers False. Does not promise durability: PostgreSQL and the messages carry wh
 
 A state is a hash: v version · d digest · b body digest · s stored bytes · o output · l lock token ·
 u lease end (ms, server's clock) · h holder's boot id · w whole trail owed · k token of the last advance ·
-t status of a final version.
+t status of a final version · g the event left the backlog.
+
+Backlog: a sorted set per tenant and stage holds the ids of the events whose state is at that stage's version, unless it
+has `g`. Sets are a tenant's own because a script may touch one cluster slot only and a tenant has one, and because a
+tenant's undecided events are then the sum of its four sets: no fifth to keep in step. Readers add them up.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
@@ -34,11 +39,14 @@ from contracts.ports import (
     ClaimRequest,
     ClaimVerdict,
     Held,
+    Leaving,
     Peek,
     Reservation,
     Reserved,
+    StageBacklog,
 )
 from contracts.tenancy import TenantScope
+from contracts.topology import STAGES
 
 _STATUS_OF_VERSION = {version: status for status, version in VERSION_OF.items() if version < FINAL_VERSION}
 
@@ -91,8 +99,9 @@ class RedisStateStore:
         self._boot = boot
         self._policy = policy or StatePolicy()
         scripts = files("resilience") / "scripts"
+        sets = (scripts / "backlog.lua").read_text()
         self._scripts = {
-            name: client.register_script((scripts / f"{name}.lua").read_text())
+            name: client.register_script(sets + (scripts / f"{name}.lua").read_text())
             for name in ("reserve", "claim", "advance", "release")
         }
 
@@ -100,39 +109,96 @@ class RedisStateStore:
         async with _translated():
             return await self._scripts[name](keys=keys, args=list(args))
 
-    async def reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
-        """Store version 0 of each entry unless its identity is known."""
-        keys = [e.header.scope.state_key(e.header.event) for e in entries]
-        args: list[Any] = [self._policy.state_ttl_s]
+    async def reserve(self, entries: Sequence[Entry], limits: Sequence[int | None] = ()) -> Sequence[Reservation]:
+        """Store version 0 of each entry unless its identity is known, or its tenant has too much under way."""
+        tenants = _Tenants()
+        keys: list[str] = []
+        args: list[Any] = [len(entries), self._policy.state_ttl_s]
         for entry in entries:
-            args += (entry.header.digest, entry.header.body_digest, entry.body)
-        rows = await self._run("reserve", keys, args)
+            h = entry.header
+            keys.append(h.scope.state_key(h.event))
+            args += (tenants.place(h.scope), h.received_ms, h.digest, h.body_digest, entry.body)
+        allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits)) if limit is not None}
+        args += [allowed.get(scope, "") for scope in tenants.places]
+        rows = await self._run("reserve", keys + tenants.keys(), args)
         return [Reservation(Reserved(_text(verdict)), version, stored or None) for verdict, version, stored in rows]
 
     async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
         """One script call for the whole sequence; see the claim table in docs/protocol.md."""
-        keys = [r.entry.header.scope.state_key(r.entry.header.event) for r in requests]
-        p = self._policy
-        args: list[Any] = [token, p.lease_ms, self._boot, p.state_ttl_s]
+        p, tenants = self._policy, _Tenants()
+        keys: list[str] = []
+        args: list[Any] = [len(requests), token, p.lease_ms, self._boot, p.state_ttl_s]
         for request in requests:
-            h = request.entry.header
-            args += (h.n, h.digest, h.body_digest, int(request.install_absent), request.entry.body)
-        rows = await self._run("claim", keys, args)
+            h, scope = request.entry.header, request.entry.header.scope
+            keys.append(scope.state_key(h.event))
+            args += (tenants.place(scope), h.received_ms, h.n, h.digest, h.body_digest)
+            args += (int(request.install_absent), request.entry.body)
+        rows = await self._run("claim", keys + tenants.keys(), args)
         return [_claim(token, request, row) for request, row in zip(requests, rows, strict=True)]
 
     async def advance(self, moves: Sequence[Advance]) -> Sequence[bool]:
         """One script call; False where the lock is no longer this token's."""
+        tenants = _Tenants()
         keys = [m.scope.state_key(m.event_id) for m in moves]
-        args: list[Any] = [self._policy.state_ttl_s, self._policy.tombstone_ttl_s]
+        args: list[Any] = [len(moves), self._policy.state_ttl_s, self._policy.tombstone_ttl_s]
         for m in moves:
+            args += (tenants.place(m.scope), m.received_ms)
             args += (m.token, m.expected_version, m.expected_digest, m.version, m.digest, m.body_digest)
             args += (m.stored, m.output, int(m.tombstone), m.status)
-        return [row == 1 for row in await self._run("advance", keys, args)]
+        return [row == 1 for row in await self._run("advance", keys + tenants.keys(), args)]
 
-    async def release(self, held: Sequence[Held]) -> None:
-        """Give locks back without advancing."""
-        if held:
-            await self._run("release", [h.scope.state_key(h.event_id) for h in held], [h.token for h in held])
+    async def release(self, held: Sequence[Held], leaving: Sequence[Leaving] = ()) -> None:
+        """Give locks back without advancing, and take events off the backlog."""
+        if not held and not leaving:
+            return
+        tenants = _Tenants()
+        keys = [one.scope.state_key(one.event_id) for one in held]
+        keys += [one.scope.state_key(one.event_id) for one in leaving]
+        args: list[Any] = [len(held), len(leaving), *(one.token for one in held)]
+        for left in leaving:
+            args += (tenants.place(left.scope), left.n, left.body_digest)
+        await self._run("release", keys + tenants.keys(), args)
+
+    async def backlog(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[StageBacklog]:
+        """One per stage, in one round trip; also drops what outlived its state."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipe:
+            for n, stage in enumerate(STAGES):
+                pipe.exists(_whole_key(stage))
+                for scope in scopes:
+                    pipe.zremrangebyscore(f"{scope.backlog_key}:{n}", "-inf", f"({self._dead_ms(now)}")
+                    pipe.zcard(f"{scope.backlog_key}:{n}")
+                    pipe.zrange(f"{scope.backlog_key}:{n}", 0, 0, withscores=True)
+                    pipe.hmget(f"{scope.backlog_key}:c", [f"c{n}", f"a{n}"])
+            rows = iter(await pipe.execute())
+        found = []
+        for _ in STAGES:
+            whole, events, oldest, claimed, advanced = next(rows) == 1, 0, [], 0, 0
+            for _ in scopes:
+                _, count, first, attempts = next(rows), next(rows), next(rows), next(rows)
+                events += count
+                oldest += [int(score) for _, score in first]
+                claimed, advanced = claimed + int(attempts[0] or 0), advanced + int(attempts[1] or 0)
+            found.append(StageBacklog(events, min(oldest, default=None), whole, claimed, advanced))
+        return found
+
+    async def undecided(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[int]:
+        """Events of each tenant at any stage, in one round trip."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipe:
+            for scope in scopes:
+                for n in range(len(STAGES)):
+                    pipe.zcount(f"{scope.backlog_key}:{n}", self._dead_ms(now), "+inf")
+            counts = await pipe.execute()
+        return [sum(counts[i : i + len(STAGES)]) for i in range(0, len(counts), len(STAGES))]
+
+    async def trust(self, stages: Sequence[str]) -> None:
+        """Say that everything which waits for these stages is counted now."""
+        if stages:
+            async with _translated():
+                await self._client.mset({_whole_key(stage): b"1" for stage in stages})
+
+    def _dead_ms(self, now: datetime) -> int:
+        """Received before this (ms since 1970): counted no more, whatever is left of its state."""
+        return round(now.timestamp() * 1000) - self._policy.state_ttl_s * 1000
 
     async def peek(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[Peek | None]:
         """Read versions without claiming, in one round trip."""
@@ -200,13 +266,30 @@ class RedisStateStore:
     async def script_round_trip_ms(self) -> float:
         """Run a script over a key that does not exist; returns how long it took (ms)."""
         began = asyncio.get_running_loop().time()
-        await self._run("release", ["rf:{s0000}:doctor"], ["-"])
+        await self._run("release", ["rf:{s0000}:doctor"], [1, 0, "-"])
         return (asyncio.get_running_loop().time() - began) * 1000
 
     async def close(self) -> None:
         """Close every connection."""
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
+
+
+@dataclass(slots=True)
+class _Tenants:
+    """The tenants of one script call, each with its place from 1 on: their backlogs are the call's last keys."""
+
+    places: dict[TenantScope, int] = field(default_factory=dict)
+
+    def place(self, scope: TenantScope) -> int:
+        return self.places.setdefault(scope, len(self.places) + 1)
+
+    def keys(self) -> list[str]:
+        return [scope.backlog_key for scope in self.places]
+
+
+def _whole_key(stage: str) -> str:
+    return f"rf:whole:{stage}"
 
 
 def _claim(token: str, request: ClaimRequest, row: Sequence[Any]) -> Claim:

@@ -136,13 +136,21 @@ class InMemoryDirectory(MemoryDirectory):
     def profiles(self) -> View[TenantScope, TenantProfile]:
         def read() -> dict[TenantScope, TenantProfile]:
             rows = [(TenantScope(row.tenant_id), row) for row in self.database.contents(TENANTS)]
-            return {s: TenantProfile(s, row.name, row.broker_user, row.thresholds) for s, row in rows}
+            return {
+                s: TenantProfile(s, row.name, row.broker_user, row.thresholds, row.undecided_events) for s, row in rows
+            }
 
         def write(scope: TenantScope, profile: TenantProfile | None) -> None:
             def work(tx: Transaction) -> None:
                 tx.delete(TENANTS, scope.tenant_id)
                 if profile is not None:
-                    row = StoredTenant(scope.tenant_id, profile.name, profile.broker_user, profile.thresholds)
+                    row = StoredTenant(
+                        scope.tenant_id,
+                        profile.name,
+                        profile.broker_user,
+                        profile.thresholds,
+                        undecided_events=profile.undecided_events,
+                    )
                     tx.put(TENANTS, row)
 
             self.database.apply([scope], work)
@@ -273,8 +281,14 @@ class DoorParts:
             self.directory.add(profile, f"rf_{name}_key")
         counter = RefusalCounter(RefusalPolicy(boot="b" * 32))
         self.refusals = RefusalLog(counter, self.publisher, self.telemetry, self.clock, self.partitions)
-        ports = IntakePorts(self.store, self.publisher, self.ledger, self.telemetry, self.clock, self.ids)
+        ports = IntakePorts(
+            self.store, self.publisher, self.ledger, self.telemetry, self.clock, self.ids, self.directory
+        )
         self.intake = Intake(ports, self.refusals, self.partitions)
+
+    def limit(self, scope: TenantScope, undecided: int | None) -> None:
+        """So many events of the tenant may be under way."""
+        self.directory.profiles[scope] = replace(self.directory.profiles[scope], undecided_events=undecided)
 
     def decided(self, event_id: str, scope: TenantScope, outcome: Outcome = Outcome.APPROVED) -> DecisionRow:
         """Decide an admitted event, as the pipeline would."""

@@ -19,6 +19,7 @@ from contracts.ports import (
     Confirm,
     DecisionRow,
     Held,
+    Leaving,
     Message,
 )
 from contracts.state import EventState, Pin, Thresholds
@@ -87,10 +88,10 @@ class TwinStateStore(MemoryStateStore):
         if self.down:
             raise StateStoreError
 
-    async def release(self, held: Sequence[Held]) -> None:
+    async def release(self, held: Sequence[Held], leaving: Sequence[Leaving] = ()) -> None:
         if held and self.fuse:
             self.kill()
-        await super().release(held)
+        await super().release(held, leaving)
 
     async def beat(self) -> None:
         await self._check()

@@ -108,11 +108,13 @@ class Failures:
             self._measure(RETRIES, category)
         else:
             self.park(verdict, wave)
+            wave.leave(entry)
 
     def die(self, entry: Entry, deaths: int, wave: Wave) -> None:
         """Park, undecoded, an entry that so many processes died with while they ran it alone."""
         error = InvalidWorkflowStateError(f"{deaths} processes died while they ran this entry alone")
         self.park(park(entry, error, self._now()), wave)
+        wave.leave(entry)
 
     def conflict(self, entry: Entry, wave: Wave, state: EventState | None = None) -> None:
         """Park another body under a taken identity, and tell its sender, whom `state` names.
@@ -120,6 +122,7 @@ class Failures:
         Nobody gets the decision of another body.
         """
         self.park(park(entry, IdempotencyConflictError(), self._now()), wave)
+        wave.leave(entry)  # the newcomer; the owner of the identity has another body, and stays
         if state is None:
             return
         document = problem_document(

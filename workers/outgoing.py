@@ -23,7 +23,7 @@ from contracts.messages import (
     reply_message,
     stage_messages,
 )
-from contracts.ports import Confirm, DecisionRow, Held, Message, Publisher, Telemetry
+from contracts.ports import Confirm, DecisionRow, Held, Leaving, Message, Publisher, Telemetry
 from contracts.state import AuditRecord, EventState
 from contracts.telemetry import DELIVERIES, Measurement
 from contracts.topology import DECISIONS, REJECTED, reply_queue
@@ -45,7 +45,7 @@ class Wave:
 
     `onward` goes to the next stage, as many entries to a carrier as there are. `replies` are copies for waiting
     callers. `lost` their lock on the way; `waiting` = on the ladder, until another's lock ends. `states` were read
-    in this pass already.
+    in this pass already. `leaving` the backlog: parked, or decided without a claim of ours.
     """
 
     onward: list[Entry] = field(default_factory=list)
@@ -56,6 +56,12 @@ class Wave:
     lost: list[Entry] = field(default_factory=list)
     waiting: list[Entry] = field(default_factory=list)
     states: dict[tuple[str, str], EventState] = field(default_factory=dict)
+    leaving: list[Leaving] = field(default_factory=list)
+
+    def leave(self, entry: Entry) -> None:
+        """The entry's event is under way no more: nobody waits for it in its stage."""
+        h = entry.header
+        self.leaving.append(Leaving(h.scope, h.event, h.n, h.body_digest))
 
     def let_go(self, held: Held) -> None:
         """The lock was given back, or is another's."""

@@ -168,6 +168,7 @@ class StageRunner:
         if deaths >= self._policy.suspect_deaths:
             wave = Wave()
             self._failures.die(entry, deaths, wave)
+            await self._ports.state_store.release((), wave.leaving)
             await self._outgoing.publish(wave)
         else:
             settled = await self._isolated([entry])
@@ -186,6 +187,7 @@ class StageRunner:
             if len(entries) == 1:
                 wave = Wave()
                 self._failures.fail(entries[0], error, wave)
+                await self._ports.state_store.release((), wave.leaving)
                 await self._outgoing.publish(wave)
                 return True
         return all([await self._isolated([entry]) for entry in entries])
@@ -223,7 +225,7 @@ class StageRunner:
             else:
                 await self._advance(worked, wave)
         finally:
-            await self._ports.state_store.release(list(wave.held.values()))
+            await self._ports.state_store.release(list(wave.held.values()), wave.leaving)
         await self._outgoing.publish(wave)
         return wave
 
@@ -241,6 +243,7 @@ class StageRunner:
                 self._failures.conflict(entry, wave, state)
             elif row.decision is not None:
                 self._already_decided(entry, row.decision, wave)
+                wave.leave(entry)  # a door that Redis told nothing of the decision may have reserved it anew
             else:
                 owned.append(entry)
         return owned
@@ -384,6 +387,7 @@ class StageRunner:
             output=orjson.dumps({"first": self._first_owed(item), "reply_to": item.entry.header.reply_to}),
             tombstone=final,
             status=new.status,
+            received_ms=item.entry.header.received_ms,
         )
 
     def _first_owed(self, item: _Claimed) -> int:

@@ -53,7 +53,7 @@ def park(entry: Entry, error: BaseException, now: str) -> Park:
     """The dead letter of an entry: why, how often and when; the bytes, but never payload in any field."""
     h, row = entry.header, classify(error)
     letter = DeadLetter(
-        letter_id=_id(h.event, h.stage, str(h.n), h.digest, h.body_digest, str(h.attempts)),
+        letter_id=_id(h.event, h.stage, str(h.n), h.digest, h.body_digest, str(h.attempts), *_again(h.replays)),
         scope=h.scope,
         event_id=h.event,
         stage=h.stage,
@@ -65,18 +65,25 @@ def park(entry: Entry, error: BaseException, now: str) -> Park:
         first_failed_at=h.first_failed_at or now,
         last_failed_at=now,
         body=encode_carrier((entry,)),
+        replays=h.replays,
     )
     return Park(letter, record_of(letter))
 
 
 def park_bytes(
-    body: bytes, stage: str, error: BaseException, now: str, whose: tuple[TenantScope, str] | None = None
+    body: bytes,
+    stage: str,
+    error: BaseException,
+    now: str,
+    whose: tuple[TenantScope, str] | None = None,
+    *,
+    replays: int = 0,
 ) -> Park:
     """The dead letter of bytes that are no entry. It belongs to no tenant and event unless `whose` names them."""
     row = classify(error)
     scope, event_id = whose or (None, "")
     letter = DeadLetter(
-        letter_id=_id(stage, hashlib.sha256(body).hexdigest()),
+        letter_id=_id(stage, hashlib.sha256(body).hexdigest(), *_again(replays)),
         scope=scope,
         event_id=event_id,
         stage=stage,
@@ -88,6 +95,7 @@ def park_bytes(
         first_failed_at=now,
         last_failed_at=now,
         body=body,
+        replays=replays,
     )
     return Park(letter, record_of(letter))
 
@@ -109,10 +117,16 @@ def record_of(letter: DeadLetter) -> AuditRecord:
                 "fingerprint": letter.fingerprint,
                 "attempts": letter.attempts,
                 "first_failed_at": letter.first_failed_at,
-            },
+            }
+            | ({"replays": letter.replays} if letter.replays else {}),
         }
     )
     return AuditRecord(scope, letter.letter_id, letter.event_id, -1, "", body)
+
+
+def _again(replays: int) -> tuple[str, ...]:
+    """What a replay adds to an id: one that is parked again is another letter."""
+    return (f"r{replays}",) if replays else ()
 
 
 def _id(*parts: str) -> str:

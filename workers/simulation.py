@@ -1,17 +1,19 @@
 """Simulation: the four stages in one go, for an event that is never submitted.
 
-Promises the decision that the pipeline would make of the same event, on the same facts; records nothing, sends
-nothing, and takes no more of a process than its permits. A failing server is the caller's to hear of: there is
-nothing to retry. Does not hold a decision for anybody to find later.
+Promises the decision that the pipeline would make of the same event, on the same facts, from its beginning or from a
+version that it has reached; records nothing, sends nothing, and takes no more of a process than its permits. A failing
+server is the caller's to hear of: there is nothing to retry. Does not hold a decision for anybody to find later.
 """
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
 
 from contracts.events import Event, event_id_of
 from contracts.failures import InvalidWorkflowStateError, LimitExceededError
 from contracts.outcomes import Decision
 from contracts.ports import Clock, Ids
-from contracts.state import begin
+from contracts.state import EventState, begin
 from contracts.telemetry import current_correlation
 from contracts.tenancy import TenantScope
 from workers.pipeline import PIPELINE
@@ -19,7 +21,7 @@ from workers.stages import StagePorts
 
 
 class StageSimulator:
-    """The port Simulator over the stages themselves."""
+    """The ports Simulator and Redecider over the stages themselves."""
 
     def __init__(self, ports: StagePorts, clock: Clock, ids: Ids, permits: int) -> None:
         """At most `permits` (≥ 1) at once in this process, and at most half of them (at least one) for one tenant."""
@@ -37,20 +39,30 @@ class StageSimulator:
 
         Raises LimitExceededError when too many run at once, InfrastructureError when PostgreSQL does not answer.
         """
+        return await self._permitted(scope, lambda: self._finish(self._begun(scope, event)))
+
+    async def redecide(self, state: EventState) -> Decision:
+        """The decision that this version would come to now; its pins hold if it has them.
+
+        Raises what its stages raise, and LimitExceededError as `simulate` does.
+        """
+        return await self._permitted(state.scope, lambda: self._finish(state))
+
+    async def _permitted(self, scope: TenantScope, work: Callable[[], Awaitable[Decision]]) -> Decision:
         mine = self._running.get(scope, 0)
         if mine >= self._share or sum(self._running.values()) >= self._permits:
             raise LimitExceededError("too many simulations run at once; repeat in a moment")
         self._running[scope] = mine + 1
         try:
-            return await self._simulate(scope, event)
+            return await work()
         finally:
             self._running[scope] -= 1
             if not self._running[scope]:
                 del self._running[scope]
 
-    async def _simulate(self, scope: TenantScope, event: Event) -> Decision:
+    def _begun(self, scope: TenantScope, event: Event) -> EventState:
         correlation = current_correlation()
-        state = begin(
+        return begin(
             scope,
             event_id_of(scope, event.id if event.id is not None else self._ids.uuid7()),
             event,
@@ -59,7 +71,9 @@ class StageSimulator:
             correlation_id=correlation.correlation_id or self._ids.uuid7(),
             traceparent=correlation.traceparent,
         )
-        for stage in PIPELINE[state.KIND]:
+
+    async def _finish(self, state: EventState) -> Decision:
+        for stage in PIPELINE[state.KIND][state.n :]:
             (facts,) = await stage.gather([state], self._ports)
             step = stage.decide(state, facts, self._now(), self._clock.monotonic)
             state = state.transition(step.target, step.section, stage=stage.stage, detail=step.detail)

@@ -15,11 +15,12 @@ from starlette.requests import Request
 
 from contracts.failures import AuthorizationError, InvalidTenantError, NotKnownError
 from contracts.identity import EVERYWHERE, Permission, Principal
-from contracts.ports import Clock, Credentials, Telemetry
+from contracts.ports import Clock, Credentials, Redecider, Telemetry
 from contracts.tenancy import TenantScope
 from gateway.web import authenticate
 
 if TYPE_CHECKING:
+    from governance.deadletters import LetterDesk
     from governance.postgres.approvals import Approvals
     from governance.postgres.gate import RegistryGate
     from governance.postgres.looking import Looking
@@ -42,6 +43,8 @@ class Desk:
     people: People
     approvals: Approvals
     looking: Looking
+    letters: LetterDesk
+    redecider: Redecider
     telemetry: Telemetry
     clock: Clock
     committed: Callable[[], None]

@@ -1,4 +1,4 @@
-"""The calls of operators who look: one event, dead letters, an event's audit records.
+"""The calls of operators who look: one event, and an event's audit records.
 
 Read only. Promises: no payload is in any answer; what another tenant owns is not known here.
 """
@@ -17,11 +17,8 @@ from contracts.identity import Permission
 from gateway.calls import Answer, Call, Endpoint, Parameter, Schema
 from gateway.control.desk import Desk
 from gateway.control.parameters import (
-    AFTER,
     EVENT,
     TENANT,
-    choice,
-    choice_parameter,
     event_id,
     event_of,
     limit_parameter,
@@ -29,14 +26,9 @@ from gateway.control.parameters import (
     one,
 )
 from gateway.web import json_answer
-from governance.postgres.deadletters import MAX_PAGE, LetterFilter, LetterPage, LetterView
 from governance.postgres.looking import MAX_RECORDS, ChainPage, EventView
 
 _TENANT: Final = "/ops/v1/tenants/{tenant}"
-_LETTERS: Final = f"{_TENANT}/deadletters"
-_EVERY: Final = "all"
-_STATUS: Final = ("open", "closed", "replayed", "discarded", _EVERY)
-_LETTER: Final = Parameter("letter_id", "path", "The dead letter.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +42,6 @@ class _Reading:
 def calls(desk: Desk) -> list[Call]:
     """The calls of this room."""
     door = _Door(desk)
-    filters = (
-        choice_parameter("status", "Default: open.", _STATUS),
-        Parameter("stage", "query", "Only of this stage."),
-        Parameter("category", "query", "Only of this category of failure."),
-        Parameter("fingerprint", "query", "Only of this group of failures."),
-        *(AFTER, limit_parameter(MAX_PAGE)),
-    )
     event = Parameter("event_id", "query", "The event.", {"type": "string", "pattern": "^[0-9a-f]{32}$"}, required=True)
     after = Parameter("after", "query", "`next` of the page before.", {"type": "integer", "minimum": 0})
     chain = (event, after, limit_parameter(MAX_RECORDS))
@@ -66,18 +51,6 @@ def calls(desk: Desk) -> list[Call]:
             "lookAtEvent",
             "Where an event is, and what became of it",
             _Reading(door.event, Permission.EVENTS_READ, EventView, (EVENT,)),
-        ),
-        _look(
-            _LETTERS,
-            "listDeadLetters",
-            "Dead letters, the newest first",
-            _Reading(door.letters, Permission.DEADLETTERS_READ, LetterPage, filters),
-        ),
-        _look(
-            f"{_LETTERS}/{{letter_id}}",
-            "showDeadLetter",
-            "One dead letter: sizes and digests, not bodies",
-            _Reading(door.letter, Permission.DEADLETTERS_READ, LetterView, (_LETTER,)),
         ),
         _look(
             f"{_TENANT}/audit",
@@ -97,20 +70,6 @@ class _Door:
     async def event(self, request: Request) -> Response:
         _, scope = await self._desk.tenant(request, Permission.EVENTS_READ)
         return _answer(await self._desk.looking.event(scope, event_of(request)))
-
-    async def letters(self, request: Request) -> Response:
-        _, scope = await self._desk.tenant(request, Permission.DEADLETTERS_READ)
-        status = choice(request, "status", _STATUS, "open")
-        wanted = LetterFilter.model_validate(
-            {name: one(request, name) for name in ("stage", "category", "fingerprint")}
-            | {"status": None if status == _EVERY else status}
-        )
-        limit = number(request, "limit", 50, 1, MAX_PAGE)
-        return _answer(await self._desk.looking.letters(scope, wanted, after=one(request, "after"), limit=limit))
-
-    async def letter(self, request: Request) -> Response:
-        _, scope = await self._desk.tenant(request, Permission.DEADLETTERS_READ)
-        return _answer(await self._desk.looking.letter(scope, str(request.path_params["letter_id"])))
 
     async def records(self, request: Request) -> Response:
         _, scope = await self._desk.tenant(request, Permission.AUDIT_READ)

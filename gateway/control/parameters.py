@@ -92,9 +92,9 @@ def moment_of(request: Request, name: str) -> datetime | None:
     return moment
 
 
-async def command(request: Request, model: type[M]) -> M:
-    """The body of a command. Raises InvalidRequestError with a pointer per field."""
-    document = await read_json(request, MAX_COMMAND_BYTES)
+async def command(request: Request, model: type[M], most: int = MAX_COMMAND_BYTES) -> M:
+    """The body of a command, `most` bytes of it. Raises InvalidRequestError with a pointer per field."""
+    document = await read_json(request, most)
     try:
         return model.model_validate(document)
     except ValidationError as error:

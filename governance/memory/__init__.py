@@ -8,7 +8,8 @@ from governance.memory.audit import MemoryAuditLog
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.directory import MemoryDirectory
 from governance.memory.ledger import MemoryDecisionFeed, MemoryLedger
-from governance.memory.records import MemoryDeadLetters, MemoryLabelBook, MemoryOutbox, enqueue
+from governance.memory.letters import MemoryDeadLetters, MemoryLetterDesk
+from governance.memory.records import MemoryLabelBook, MemoryOutbox, enqueue
 from governance.memory.registry import MemoryRegistry
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MemoryDirectory",
     "MemoryLabelBook",
     "MemoryLedger",
+    "MemoryLetterDesk",
     "MemoryOutbox",
     "MemoryRegistry",
     "Table",

@@ -31,6 +31,7 @@ class StoredTenant:
     thresholds: Thresholds
     status: str = "active"
     approval_policy: Mapping[str, Any] = field(default_factory=dict)
+    undecided_events: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class MemoryDirectory:
         """Every tenant, suspended ones too, in order of its id."""
         rows = sorted(await self._database.run((), lambda tx: tx.rows(TENANTS)), key=lambda row: row.tenant_id)
         return tuple(
-            TenantProfile(TenantScope(row.tenant_id), row.name, row.broker_user, row.thresholds) for row in rows
+            TenantProfile(TenantScope(row.tenant_id), row.name, row.broker_user, row.thresholds, row.undecided_events)
+            for row in rows
         )
 
     async def serves(self, scope: TenantScope) -> bool:

@@ -22,7 +22,7 @@ from governance.approvals import Opening, opening, policy_of
 from governance.feed import START, FeedPosition, check_limit, check_reachable, decode, encode
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.directory import TENANTS
-from governance.memory.records import close_letters
+from governance.memory.records import DEAD_LETTERS, close_letters
 from governance.postgres.engine import clean, moment
 
 EventKey = tuple[TenantScope, str]
@@ -179,6 +179,18 @@ class MemoryLedger:
         return await self._database.run(
             [scope for scope, _ in keys],
             lambda tx: tuple(tx.get(EVENTS, scope.tenant_id, event_id) is not None for scope, event_id in keys),
+        )
+
+    async def failed(self, keys: Sequence[EventKey]) -> Sequence[bool]:
+        """Whether a person discarded the dead letter of each event, by position."""
+        if not keys:
+            return ()
+        return await self._database.run(
+            [scope for scope, _ in keys],
+            lambda tx: tuple(
+                any(letter.failed for letter in tx.find(DEAD_LETTERS, "event", scope.tenant_id, event_id))
+                for scope, event_id in keys
+            ),
         )
 
     async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:

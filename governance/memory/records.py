@@ -1,6 +1,6 @@
-"""Dead letters, labels and the outbox in memory: rows that are written once, whatever is repeated.
+"""Labels, the outbox and the rows of dead letters in memory: written once, whatever is repeated.
 
-The rules are those of `governance.postgres.deadletters`, `.labels` and `.outbox`.
+The rules are those of `governance.postgres.labels` and `.outbox`; who writes letters is in `.letters`.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import repeat
 from typing import Final
 
 import orjson
 
 from contracts.events import canonical_json
 from contracts.labels import Label
-from contracts.ports import DeadLetter, Message, OutboxRow
+from contracts.ports import Message, OutboxRow
 from contracts.tenancy import TenantScope
+from contracts.topology import STAGES
 from governance.audit import SYSTEM_CHAIN, chain_of
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.directory import TENANTS
-from governance.postgres.engine import clean, moment
 from governance.postgres.labels import label_row
 
 
@@ -41,6 +42,8 @@ class StoredLetter:
     parked_at: datetime
     body: bytes
     status: str = "open"
+    replays: int = 0
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class StoredMessage:
     tenant: str
     position: int
     message: Message
+    due_at: datetime | None = None
 
 
 DEAD_LETTERS: Final[Table[StoredLetter]] = Table(
@@ -80,58 +84,12 @@ OUTBOX: Final[Table[StoredMessage]] = Table(
 )
 
 
-class MemoryDeadLetters:
-    """The port DeadLetters on a database in memory; letters without a tenant belong to the system."""
-
-    def __init__(self, database: MemoryDatabase) -> None:
-        self._database = database
-
-    async def park(self, letters: Sequence[DeadLetter]) -> None:
-        """Insert each letter once, open; a repeat changes nothing. `parked_at` is the database's clock's."""
-        if not letters:
-            return
-        now = self._database.clock.now()
-        rows = [_letter(letter, now) for letter in letters]
-
-        def work(tx: Transaction) -> None:
-            for row in rows:
-                tx.insert(DEAD_LETTERS, row)
-
-        await self._database.run([letter.scope for letter in letters], work)
-
-
 def close_letters(tx: Transaction, keys: Iterable[tuple[str, str]]) -> None:
-    """Close the open letters of decided events, named by (tenant, event)."""
+    """Close the open letters that stages parked, of settled events, named by (tenant, event)."""
     for key in keys:
         for letter in tx.find(DEAD_LETTERS, "event", *key):
-            if letter.status == "open":
+            if letter.status == "open" and letter.stage in STAGES:
                 tx.put(DEAD_LETTERS, replace(letter, status="closed"))
-
-
-def _letter(letter: DeadLetter, now: datetime) -> StoredLetter:
-    return StoredLetter(
-        letter_id=clean(letter.letter_id),
-        tenant=chain_of(letter.scope),
-        event_id=clean(letter.event_id),
-        stage=clean(letter.stage),
-        category=clean(letter.category),
-        problem=clean(letter.problem),
-        exception_class=clean(letter.exception_class),
-        fingerprint=clean(letter.fingerprint),
-        attempts=letter.attempts,
-        first_failed_at=_moment_or(letter.first_failed_at, now),
-        last_failed_at=_moment_or(letter.last_failed_at, now),
-        parked_at=now,
-        body=letter.body,
-    )
-
-
-def _moment_or(value: str, fallback: datetime) -> datetime:
-    """A letter is kept even when its times cannot be read: it may come from a broken message."""
-    try:
-        return moment(value)
-    except ValueError:
-        return fallback
 
 
 class MemoryLabelBook:
@@ -160,11 +118,13 @@ class MemoryOutbox:
         self._database = database
 
     async def waiting(self, limit: int) -> Sequence[OutboxRow]:
-        """The oldest rows of all tenants and of the system chain, in order of writing."""
+        """The oldest rows of all tenants and of the system chain that are due, in order of writing."""
         tenants = [TenantScope(row.tenant_id) for row in self._database.contents(TENANTS)]
 
         def work(tx: Transaction) -> tuple[OutboxRow, ...]:
-            rows = sorted(tx.rows(OUTBOX), key=lambda row: row.position)[:limit]
+            now = self._database.clock.now()
+            due = [row for row in tx.rows(OUTBOX) if row.due_at is None or row.due_at <= now]
+            rows = sorted(due, key=lambda row: row.position)[:limit]
             return tuple(OutboxRow(row.position, _scope(row.tenant), row.message) for row in rows)
 
         return await self._database.run([*tenants, None], work)
@@ -183,9 +143,14 @@ class MemoryOutbox:
         await self._database.run([row.scope for row in rows], work)
 
 
-def enqueue(tx: Transaction, scope: TenantScope | None, messages: Sequence[Message]) -> None:
-    """Write messages inside the caller's transaction, which must see this scope; one that waits already is kept."""
-    for message in messages:
+def enqueue(
+    tx: Transaction, scope: TenantScope | None, messages: Sequence[Message], *, due: Sequence[datetime] = ()
+) -> None:
+    """Write messages inside the caller's transaction, which must see this scope; one that waits already is kept.
+
+    `due`: when each may go out; without it at once.
+    """
+    for message, at in zip(messages, due or repeat(None, len(messages)), strict=True):
         # The columns of the table, through JSON as there: what is read back is what was written there, too.
         stored = Message(
             exchange=message.exchange,
@@ -197,7 +162,7 @@ def enqueue(tx: Transaction, scope: TenantScope | None, messages: Sequence[Messa
             content_type=message.content_type,
             correlation_id=message.correlation_id,
         )
-        tx.insert(OUTBOX, StoredMessage(chain_of(scope), tx.next_number("outbox"), stored))
+        tx.insert(OUTBOX, StoredMessage(chain_of(scope), tx.next_number("outbox"), stored, at))
 
 
 def _scope(tenant: str) -> TenantScope | None:

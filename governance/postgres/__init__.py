@@ -7,7 +7,7 @@ everywhere, and every failure of the server arrives as a DatabaseError. Makes no
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from governance.postgres.audit import AuditReport, PostgresAuditLog
-from governance.postgres.deadletters import LetterSummary, PostgresDeadLetters
+from governance.postgres.deadletters import PostgresDeadLetters
 from governance.postgres.directory import (
     PostgresDirectory,
     create_api_key,
@@ -26,6 +26,7 @@ from governance.postgres.engine import (
     transaction,
 )
 from governance.postgres.ledger import PostgresLedger
+from governance.postgres.letters import PostgresLetterDesk
 from governance.postgres.registry import PostgresRegistry
 from governance.postgres.reports import Counts, EventSummary, counts, event_summary
 
@@ -34,11 +35,11 @@ __all__ = [
     "AuditReport",
     "Counts",
     "EventSummary",
-    "LetterSummary",
     "PostgresAuditLog",
     "PostgresDeadLetters",
     "PostgresDirectory",
     "PostgresLedger",
+    "PostgresLetterDesk",
     "PostgresRegistry",
     "UnsafeDatabaseError",
     "check_settings",

@@ -192,7 +192,10 @@ def _person(row: Row[Any]) -> Person:
 
 
 def _profile(row: Row[Any]) -> TenantProfile:
-    return TenantProfile(TenantScope(row.tenant_id), row.name, row.broker_user, thresholds_of(row.thresholds))
+    undecided: int | None = row.limits.get("undecided_events")
+    return TenantProfile(
+        TenantScope(row.tenant_id), row.name, row.broker_user, thresholds_of(row.thresholds), undecided
+    )
 
 
 def thresholds_of(stored: dict[str, Any]) -> Thresholds:

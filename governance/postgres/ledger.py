@@ -23,6 +23,7 @@ from contracts.outcomes import Outcome
 from contracts.ports import DecisionRow, EventRow
 from contracts.state import EventState, SubjectHistory
 from contracts.tenancy import TenantScope
+from contracts.topology import STAGES
 from governance.approvals import ApprovalPolicy, Cause, Opening, opening, policy_of
 from governance.postgres.corrections import Correction, Key, lock_events, supersede
 from governance.postgres.engine import clean, columns, moment, transaction
@@ -67,6 +68,14 @@ _KNOWN: Final = text(
     f"""
     SELECT e.event_id IS NOT NULL AS known FROM {_KEYS}
     LEFT JOIN events e ON e.tenant = k.tenant AND e.event_id = k.event_id ORDER BY k.i
+    """  # noqa: S608 - see above
+)
+
+_FAILED: Final = text(
+    f"""
+    SELECT EXISTS (SELECT 1 FROM dead_letters l
+                    WHERE l.tenant = k.tenant AND l.event_id = k.event_id AND l.failed) AS failed
+      FROM {_KEYS} ORDER BY k.i
     """  # noqa: S608 - see above
 )
 
@@ -126,7 +135,7 @@ _CLOSE_LETTERS: Final = text(
         SELECT l.letter_id FROM dead_letters l
           JOIN unnest(CAST(:tenant AS text[]), CAST(:event_id AS text[])) AS k(tenant, event_id)
             ON l.tenant = k.tenant AND l.event_id = k.event_id
-         WHERE l.status = 'open' ORDER BY l.letter_id FOR UPDATE OF l)
+         WHERE l.status = 'open' AND l.stage = ANY(CAST(:stages AS text[])) ORDER BY l.letter_id FOR UPDATE OF l)
     """
 )
 
@@ -199,7 +208,7 @@ class PostgresLedger:
             gone = set(await supersede(connection, _corrections([first[key] for key in sorted(won)], won)))
             standing = [key for key, superseded_by in sorted(won.items()) if superseded_by is None and key not in gone]
             await _open_for(connection, [first[key] for key in standing])
-            await connection.execute(_CLOSE_LETTERS, _keys(keys))
+            await connection.execute(_CLOSE_LETTERS, _keys(keys) | {"stages": list(STAGES)})
             found = await _read_decisions(connection, keys)
         decided = tuple(row for row in found if row is not None)
         if len(decided) != len(states):
@@ -213,6 +222,14 @@ class PostgresLedger:
         async with transaction(self._engine, [scope for scope, _ in keys]) as connection:
             rows = (await connection.execute(_KNOWN, _keys(keys))).all()
         return tuple(bool(row.known) for row in rows)
+
+    async def failed(self, keys: Sequence[Key]) -> Sequence[bool]:
+        """Whether a person discarded the dead letter of each event, by position."""
+        if not keys:
+            return ()
+        async with transaction(self._engine, [scope for scope, _ in keys]) as connection:
+            rows = (await connection.execute(_FAILED, _keys(keys))).all()
+        return tuple(bool(row.failed) for row in rows)
 
     async def histories(self, states: Sequence[EventState]) -> Sequence[SubjectHistory]:
         """What `events` holds now of each event's subject up to the event's own time, by position.

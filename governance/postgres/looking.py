@@ -1,4 +1,4 @@
-"""What operators look at: where an event is and what became of it, dead letters, and an event's audit records.
+"""What operators look at: where an event is and what became of it, and an event's audit records.
 
 Read only. Promises: a tenant's reader sees rows of that tenant; payloads and personal fields are in none of it. A
 state store that does not answer costs the answer who holds the event, never the rest.
@@ -20,14 +20,7 @@ from contracts.ports import Peek, StateStore
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
 from governance.approvals import Revision
-from governance.postgres.deadletters import (
-    LetterFilter,
-    LetterPage,
-    LetterSummary,
-    LetterView,
-    list_letters,
-    show_letter,
-)
+from governance.deadletters import LetterSummary
 from governance.postgres.engine import transaction
 from governance.postgres.reports import ApprovalSummary, EventSummary, event_summary
 
@@ -46,7 +39,7 @@ class Place(BaseModel):
     """Where an event is. `version` and `holder` are the state store's; `holder` is the boot id of a process."""
 
     model_config = _DOCUMENT
-    where: Literal["stage", "parked", "decided", "unknown"]
+    where: Literal["stage", "parked", "decided", "failed", "unknown"]
     stage: str | None
     version: int | None
     holder: str | None
@@ -125,16 +118,6 @@ class Looking:
             dead_letters=found.dead_letters,
         )
 
-    async def letters(
-        self, scope: TenantScope, wanted: LetterFilter, *, after: str | None = None, limit: int = 50
-    ) -> LetterPage:
-        """Dead letters, the newest first."""
-        return await list_letters(self._engine, scope, wanted, after=after, limit=limit)
-
-    async def letter(self, scope: TenantScope, letter_id: str) -> LetterView:
-        """One dead letter. Raises NotKnownError."""
-        return await show_letter(self._engine, scope, letter_id)
-
     async def records(
         self, scope: TenantScope, event_id: str, *, after: int = 0, limit: int = MAX_RECORDS
     ) -> ChainPage:
@@ -178,6 +161,9 @@ def _place(summary: EventSummary, peek: Peek | None, *, answered: bool) -> Place
     if parked:
         about = f"parked as dead letter {parked[-1].letter_id}"
         return Place(where="parked", stage=parked[-1].stage, version=version, holder=holder, about=about)
+    if summary.failed:
+        about = "a person discarded its dead letter"
+        return Place(where="failed", stage=None, version=version, holder=holder, about=about)
     if peek is not None and peek.version < FINAL_VERSION:
         about = "a process holds it" if holder else "it waits in the queue of its stage, or on the ladder"
         return Place(where="stage", stage=STAGES[peek.version], version=version, holder=holder, about=about)

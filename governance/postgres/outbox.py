@@ -7,6 +7,8 @@ be sent twice and is never lost. Order is that of writing. Publishes nothing its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
+from itertools import repeat
 from typing import Final
 
 from sqlalchemy import text
@@ -24,19 +26,20 @@ from governance.postgres.engine import columns, transaction
 
 _COLUMNS: Final = (
     *("tenant", "message_id", "exchange", "routing_key", "headers", "body"),
-    *("content_type", "correlation_id", "mandatory"),
+    *("content_type", "correlation_id", "mandatory", "due_at"),
 )
 _INSERT: Final = text(
     """
     INSERT INTO outbox (tenant, message_id, exchange, routing_key, headers, body, content_type, correlation_id,
-                        mandatory)
+                        mandatory, due_at)
     SELECT k.tenant, k.message_id, k.exchange, k.routing_key, CAST(k.headers AS jsonb), k.body, k.content_type,
-           k.correlation_id, k.mandatory
+           k.correlation_id, k.mandatory, k.due_at
       FROM unnest(CAST(:tenant AS text[]), CAST(:message_id AS text[]), CAST(:exchange AS text[]),
                   CAST(:routing_key AS text[]), CAST(:headers AS text[]), CAST(:body AS bytea[]),
-                  CAST(:content_type AS text[]), CAST(:correlation_id AS text[]), CAST(:mandatory AS boolean[]))
+                  CAST(:content_type AS text[]), CAST(:correlation_id AS text[]), CAST(:mandatory AS boolean[]),
+                  CAST(:due_at AS timestamptz[]))
            WITH ORDINALITY AS k(tenant, message_id, exchange, routing_key, headers, body, content_type,
-                                correlation_id, mandatory, i)
+                                correlation_id, mandatory, due_at, i)
      ORDER BY k.i
     ON CONFLICT DO NOTHING
     """
@@ -44,23 +47,32 @@ _INSERT: Final = text(
 _WAITING: Final = text(
     """
     SELECT position, tenant, message_id, exchange, routing_key, headers, body, content_type, correlation_id, mandatory
-      FROM outbox ORDER BY position LIMIT :limit
+      FROM outbox WHERE due_at IS NULL OR due_at <= now() ORDER BY position LIMIT :limit
     """
 )
 _DELETE: Final = text("DELETE FROM outbox WHERE position = ANY(CAST(:position AS bigint[]))")
 
 
-async def enqueue(connection: AsyncConnection, scope: TenantScope | None, messages: Sequence[Message]) -> None:
-    """Write messages inside the caller's transaction, which must see this scope (None: the system chain)."""
+async def enqueue(
+    connection: AsyncConnection,
+    scope: TenantScope | None,
+    messages: Sequence[Message],
+    *,
+    due: Sequence[datetime] = (),
+) -> None:
+    """Write messages inside the caller's transaction, which must see this scope (None: the system chain).
+
+    `due`: when each may go out, by the server's clock; without it at once.
+    """
     if not messages:
         return
     chain = chain_of(scope)
     rows = [
         (
             *(chain, m.message_id, m.exchange, m.routing_key, canonical_json(dict(m.headers)).decode(), m.body),
-            *(m.content_type, m.correlation_id, m.mandatory),
+            *(m.content_type, m.correlation_id, m.mandatory, at),
         )
-        for m in messages
+        for m, at in zip(messages, due or repeat(None, len(messages)), strict=True)
     ]
     await connection.execute(_INSERT, columns(rows, _COLUMNS))
 
@@ -79,7 +91,7 @@ class PostgresOutbox:
         self._engine = engine
 
     async def waiting(self, limit: int) -> Sequence[OutboxRow]:
-        """The oldest rows of all tenants and of the system chain, in order of writing."""
+        """The oldest rows of all tenants and of the system chain that are due, in order of writing."""
         async with transaction(self._engine, await self._everybody()) as connection:
             rows = (await connection.execute(_WAITING, {"limit": limit})).all()
         return tuple(

@@ -18,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from contracts.ports import DecisionRow
 from contracts.tenancy import TenantScope
 from governance.approvals import ApprovalStatus, Cause, Revision
-from governance.postgres.deadletters import LetterSummary, letters_of
+from governance.deadletters import LetterSummary
+from governance.postgres.deadletters import letters_of
 from governance.postgres.engine import transaction
 from governance.postgres.ledger import read_decision
 
@@ -41,6 +42,9 @@ _APPROVALS: Final = text(
            closed_at, close_reason FROM approvals
      WHERE tenant = :tenant AND event_id = :event_id ORDER BY revision
     """
+)
+_FAILED: Final = text(
+    "SELECT EXISTS (SELECT 1 FROM dead_letters WHERE tenant = :tenant AND event_id = :event_id AND failed)"
 )
 # One statement, so one snapshot.
 _COUNTS: Final = text(
@@ -111,6 +115,7 @@ class EventSummary:
     dead_letters: tuple[LetterSummary, ...]
     revisions: tuple[Revision, ...] = ()
     approvals: tuple[ApprovalSummary, ...] = ()
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,7 @@ async def event_summary(engine: AsyncEngine, scope: TenantScope, event_id: str) 
         revisions = await revisions_of(connection, scope, event_id)
         asked = (await connection.execute(_APPROVALS, key)).mappings()
         approvals = tuple(ApprovalSummary.model_validate(dict(row)) for row in asked)
+        failed = bool((await connection.execute(_FAILED, key)).scalar_one())
     if event is None and not letters and decision is None:
         return None
     return EventSummary(
@@ -148,6 +154,7 @@ async def event_summary(engine: AsyncEngine, scope: TenantScope, event_id: str) 
         dead_letters=letters,
         revisions=revisions,
         approvals=approvals,
+        failed=failed,
     )
 
 

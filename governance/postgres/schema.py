@@ -173,11 +173,49 @@ dead_letters = Table(
     *(_text("letter_id"), _text("tenant"), _text("event_id"), _text("stage"), _text("category"), _text("problem")),
     *(_text("exception_class"), _text("fingerprint"), _int("attempts"), _at("first_failed_at"), _at("last_failed_at")),
     *(_at("parked_at"), _status("open"), Column("replays", Integer, nullable=False, server_default="0")),
-    _bytes("body"),
+    *(_bytes("body"), Column("failed", Boolean, nullable=False, server_default="false")),
     PrimaryKeyConstraint("letter_id"),
     CheckConstraint("status IN ('open', 'closed', 'replayed', 'discarded')", name="dead_letters_status"),
     Index("dead_letters_event", "tenant", "event_id"),
+    CheckConstraint("NOT failed OR status = 'discarded'", name="dead_letters_failed"),
     Index("dead_letters_open", "tenant", "parked_at", postgresql_where=text("status = 'open'")),
+    Index("dead_letters_group", "tenant", "fingerprint", "parked_at"),
+)
+
+letter_history = Table(
+    "letter_history",
+    metadata,
+    *(_text("tenant"), _text("letter_id"), Column("number", BigInteger, Identity(always=True), nullable=False)),
+    *(_at("at"), _text("action"), _text("result"), _text("actor"), _text("person"), _text("reason"), _text("why")),
+    _text("request_id", null=True),
+    PrimaryKeyConstraint("tenant", "letter_id", "number"),
+    CheckConstraint("action IN ('replay', 'discard', 'reveal')", name="letter_history_action"),
+    Index("letter_history_person", "tenant", "person", "at"),
+    Index("letter_history_request", "tenant", "request_id", postgresql_where=text("request_id IS NOT NULL")),
+)
+
+letter_requests = Table(
+    "letter_requests",
+    metadata,
+    *(_text("tenant"), _text("request_id"), _text("action"), Column("letter_ids", ARRAY(Text), nullable=False)),
+    *(Column("force", Boolean, nullable=False), Column("rate_per_s", Numeric, nullable=False), _text("reason")),
+    *(_text("requested_by"), _at("requested_at"), _at("expires_at"), _status("open")),
+    *(_text("answered_by", null=True), _at("answered_at", null=True)),
+    PrimaryKeyConstraint("tenant", "request_id"),
+    CheckConstraint("action IN ('replay', 'discard')", name="letter_requests_action"),
+    CheckConstraint("status IN ('open', 'confirmed', 'withdrawn')", name="letter_requests_status"),
+    CheckConstraint(
+        "status <> 'confirmed' OR (answered_by IS NOT NULL AND answered_by <> requested_by)",
+        name="letter_requests_four_eyes",
+    ),
+)
+
+replay_pace = Table(
+    "replay_pace",
+    metadata,
+    *(_int("id"), _at("next_due_at")),
+    PrimaryKeyConstraint("id"),
+    CheckConstraint("id = 1", name="replay_pace_one"),
 )
 
 outbox = Table(
@@ -188,6 +226,7 @@ outbox = Table(
     Column("position", BigInteger, Identity(always=True), nullable=False),
     *(_said("content_type", "application/octet-stream"), _text("correlation_id", null=True)),
     Column("mandatory", Boolean, nullable=False, server_default="true"),
+    _at("due_at", null=True),
     PrimaryKeyConstraint("tenant", "message_id"),
     Index("outbox_position", "position"),
 )

@@ -18,7 +18,7 @@ import structlog
 
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Delivery
-from contracts.settlement import Ack, Pause, Settlement
+from contracts.settlement import Ack, Pause, Settlement, Wait
 from resilience.memory.queue import Stored, Subscription, delivered_headers
 from resilience.memory.time import first_of
 from resilience.rabbit import ConsumerPolicy, Handler, Probe
@@ -65,6 +65,7 @@ class MemoryConsumer:
         self._connection: Connection | None = None
         self._loop: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._delayed: set[asyncio.Task[None]] = set()
         self._lost = asyncio.Event()
         self._stopping = asyncio.Event()
         self.paused_reason: str | None = None
@@ -178,7 +179,11 @@ class MemoryConsumer:
         left: list[_Held] = []
         acked: dict[Subscription, list[int]] = {}
         for held, settlement in zip(group, settled, strict=True):
-            if not isinstance(settlement, Ack):
+            if isinstance(settlement, Wait):
+                task = asyncio.create_task(self._again(held, settlement.seconds), name="consumer-wait")
+                self._delayed.add(task)
+                task.add_done_callback(self._delayed.discard)
+            elif not isinstance(settlement, Ack):
                 left.append(held)
                 self.paused_reason = settlement.reason
             else:  # on a lost connection the ack is lost too: the delivery comes again and is found to be done
@@ -186,6 +191,11 @@ class MemoryConsumer:
         for subscription, tags in acked.items():
             self._memory.ack(subscription, tags)
         return left
+
+    async def _again(self, held: _Held, seconds: float) -> None:
+        await self._memory.sleep(seconds)
+        self._waiting.append(held)
+        self._bell.set()
 
     async def _pause(self, group: list[_Held]) -> list[_Held]:
         """Wait until the probe answers; give the deliveries back when that takes too long."""
@@ -233,11 +243,13 @@ class MemoryConsumer:
         if self._loop is not None:
             await first_of(asyncio.wait({self._loop}), self._memory.sleep(_STOP_S))
             self._loop.cancel()
+        for task in tuple(self._delayed):
+            task.cancel()
         self._give_back()
 
     def kill(self) -> None:
         """The process is gone: nothing more is settled, what it held goes back to the queues, counted."""
         self._give_back()
-        for task in (self._loop, self._watcher):
+        for task in (self._loop, self._watcher, *self._delayed):
             if task is not None:
                 task.cancel()

@@ -12,15 +12,28 @@ one says so by `MemoryRedis.silence`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from contracts.codec import Entry
 from contracts.failures import StateStoreError
-from contracts.ports import Advance, Claim, ClaimRequest, ClaimVerdict, Clock, Held, Peek, Reservation, Reserved
+from contracts.ports import (
+    Advance,
+    Claim,
+    ClaimRequest,
+    ClaimVerdict,
+    Clock,
+    Held,
+    Leaving,
+    Peek,
+    Reservation,
+    Reserved,
+    StageBacklog,
+)
 from contracts.tenancy import TenantScope
+from contracts.topology import STAGES
 from resilience.redis import StatePolicy, status_of
 
 Key = tuple[TenantScope, str]
@@ -48,6 +61,7 @@ class Cell:
     last: str | None = None
     status: str = ""
     expires: int | None = None
+    gone: bool = False
 
 
 @dataclass(slots=True)
@@ -78,6 +92,9 @@ class MemoryRedis:
         self.cells: dict[Key, Cell] = {}
         self.alone: dict[tuple[TenantScope, str, str], Suspect] = {}
         self.beats: dict[str, int] = {}
+        self.members: dict[tuple[TenantScope, int], dict[str, int]] = {}
+        self.trusted: dict[str, bool] = {}
+        self.attempts: dict[tuple[str, TenantScope, int], int] = {}
         self.down = False
         self._clock = clock
         self._undo_ms = round(undo_s * 1000)
@@ -87,11 +104,12 @@ class MemoryRedis:
     @property
     def now_ms(self) -> int:
         """The server's time, as the scripts read it."""
-        return (self._clock.now() - _EPOCH) // _MILLISECOND
+        return _ms(self._clock.now())
 
     def flush(self) -> None:
-        """FLUSHALL: states, suspects and heartbeats."""
-        tables: tuple[dict[Any, Any], ...] = (self.cells, self.alone, self.beats)
+        """FLUSHALL: states, suspects, heartbeats and backlog."""
+        tables: tuple[dict[Any, Any], ...] = (self.cells, self.alone, self.beats, self.trusted, self.attempts)
+        tables += tuple(self.members.values())
         for table in tables:
             for key in list(table):
                 self._write(table, key, None)
@@ -102,7 +120,7 @@ class MemoryRedis:
 
     def forget_since(self, moment: datetime) -> None:
         """A restart that lost the writes since `moment` (aware). Raises ValueError when `undo_s` is too short."""
-        since = (moment - _EPOCH) // _MILLISECOND
+        since = _ms(moment)
         if self.now_ms - since > self._undo_ms:
             raise ValueError("undo_s is shorter than the tail to lose: make the MemoryRedis with a longer one")
         while self._changes and self._changes[-1].at >= since:
@@ -138,6 +156,36 @@ class MemoryRedis:
     def put_suspect(self, key: tuple[TenantScope, str, str], suspect: Suspect | None) -> None:
         """Store or remove who runs a suspect alone."""
         self._write(self.alone, key, suspect)
+
+    def waiting(self, scope: TenantScope, n: int) -> dict[str, int]:
+        """The backlog set of a tenant's events at version `n`: event id to when it was received (ms)."""
+        return self.members.setdefault((scope, n), {})
+
+    def enter(self, key: Key, n: int, received_ms: int) -> None:
+        """An event enters the backlog of a version, unless it is there."""
+        scope, event_id = key
+        if n < len(STAGES) and event_id not in self.waiting(scope, n):
+            self._write(self.waiting(scope, n), event_id, received_ms or self.now_ms)
+
+    def leave(self, key: Key, n: int) -> None:
+        """An event leaves the backlog of a version, if it is there."""
+        scope, event_id = key
+        if event_id in self.waiting(scope, n):
+            self._write(self.waiting(scope, n), event_id, None)
+
+    def count(self, what: str, scope: TenantScope, n: int) -> None:
+        """Count an attempt at version `n` that was claimed or advanced."""
+        key = (what, scope, n)
+        self._write(self.attempts, key, self.attempts.get(key, 0) + 1)
+
+    def counted(self, what: str, scopes: Sequence[TenantScope], n: int) -> int:
+        """So many attempts of these tenants."""
+        return sum(self.attempts.get((what, scope, n), 0) for scope in scopes)
+
+    def trust(self, stages: Sequence[str]) -> None:
+        """Remember that these stages' backlogs are whole."""
+        for stage in stages:
+            self._write(self.trusted, stage, True)
 
     def beat(self, boot: str, until: int) -> None:
         """Store a heartbeat."""
@@ -204,21 +252,48 @@ class MemoryStateStore:
             raise StateStoreError
         return answer
 
-    async def reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
-        """Store version 0 of each entry unless its identity is known."""
-        return await self._call(lambda now: [self._reserve(entry, now) for entry in entries])
+    async def reserve(self, entries: Sequence[Entry], limits: Sequence[int | None] = ()) -> Sequence[Reservation]:
+        """Store version 0 of each entry unless its identity is known, or its tenant has too much under way."""
+        allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits)) if limit is not None}
+        return await self._call(lambda now: [self._reserve(entry, allowed, now) for entry in entries])
 
-    def _reserve(self, entry: Entry, now: int) -> Reservation:
+    def _reserve(self, entry: Entry, allowed: Mapping[TenantScope, int], now: int) -> Reservation:
         h = entry.header
         key = (h.scope, h.event)
         cell = self.server.cell(key, now)
         if cell is None:
+            if h.scope in allowed and self._is_full(h.scope, allowed[h.scope], now):
+                return Reservation(Reserved.FULL, 0, None)
             fresh = Cell(0, h.digest, h.body_digest, entry.body, expires=self._state_end(now))
             self.server.put(key, fresh)
+            self.server.enter(key, 0, h.received_ms)
             return Reservation(Reserved.NEW, 0, entry.body or None)
         if cell.body_digest != h.body_digest:
             return Reservation(Reserved.CONFLICT, cell.version, None)
+        if cell.version == 0:
+            self._return(key, h.received_ms)
         return Reservation(Reserved.REPEAT, cell.version, (cell.stored or None) if cell.version == 0 else None)
+
+    def _is_full(self, scope: TenantScope, limit: int, now: int) -> bool:
+        if self._undecided(scope) < limit:
+            return False
+        for n in range(len(STAGES)):
+            self._prune(scope, n, self._dead_ms(now))
+        return self._undecided(scope) >= limit
+
+    def _undecided(self, scope: TenantScope) -> int:
+        return sum(len(self.server.waiting(scope, n)) for n in range(len(STAGES)))
+
+    def _prune(self, scope: TenantScope, n: int, dead_ms: int) -> None:
+        for event_id in [e for e, received in self.server.waiting(scope, n).items() if received < dead_ms]:
+            self.server.leave((scope, event_id), n)
+
+    def _return(self, key: Key, received_ms: int) -> None:
+        """An event that had left is under way again."""
+        if self.server.cells[key].gone:
+            cell = self.server.touch(key)
+            cell.gone = False
+            self.server.enter(key, cell.version, received_ms)
 
     async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
         """Lock and compare, the first row of the claim table that fits; the token is the command's id."""
@@ -232,6 +307,11 @@ class MemoryStateStore:
             return Claim(ClaimVerdict.ABSENT, token, -1)
         if cell is None or cell.body_digest != h.body_digest or cell.version < h.n:
             self.server.put(key, self._installed(request.entry, token, now))
+            for n in range(len(STAGES)):
+                if n != h.n:
+                    self.server.leave(key, n)
+            self.server.enter(key, h.n, h.received_ms)
+            self.server.count("claimed", h.scope, h.n)
             return Claim(ClaimVerdict.INSTALLED, token, h.n, request.entry.body or None, owes_trail=True)
         if cell.version > h.n:
             return Claim(ClaimVerdict.DONE, token, cell.version, cell.stored or None, cell.output or None)
@@ -239,6 +319,8 @@ class MemoryStateStore:
             return Claim(ClaimVerdict.LOCKED, token, cell.version, lease_ms=cell.until - now, holder=cell.holder)
         cell = self.server.touch(key)
         cell.lock, cell.until, cell.holder = token, now + self._policy.lease_ms, self.boot
+        self._return(key, h.received_ms)
+        self.server.count("claimed", h.scope, h.n)
         verdict = ClaimVerdict.GO if cell.digest == h.digest else ClaimVerdict.TWIN
         stored = request.entry.body if verdict is ClaimVerdict.GO else cell.stored
         return Claim(verdict, token, cell.version, stored or None, owes_trail=cell.owes)
@@ -274,22 +356,64 @@ class MemoryStateStore:
             else:
                 next_one.stored, next_one.output, next_one.expires = m.stored, m.output, self._state_end(now)
             self.server.put(key, next_one)
+            self.server.leave(key, m.expected_version)
+            self.server.count("advanced", m.scope, m.expected_version)
+            self.server.enter(key, m.version, m.received_ms)
             return True
         # A repeat after a lost reply finds its own move.
         return (cell.last, cell.version, cell.digest) == (m.token, m.version, m.digest)
 
-    async def release(self, held: Sequence[Held]) -> None:
-        """Give locks back without advancing; a lock that is not mine is left alone."""
-        if held:
-            await self._call(lambda now: self._release(held, now))
+    async def release(self, held: Sequence[Held], leaving: Sequence[Leaving] = ()) -> None:
+        """Give locks back without advancing, and take events off the backlog; what is not so any more is left alone."""
+        if held or leaving:
+            await self._call(lambda now: self._release(held, leaving, now))
 
-    def _release(self, held: Sequence[Held], now: int) -> None:
+    def _release(self, held: Sequence[Held], leaving: Sequence[Leaving], now: int) -> None:
         for one in held:
             key = (one.scope, one.event_id)
             cell = self.server.cell(key, now)
             if cell is not None and cell.lock == one.token:
                 cell = self.server.touch(key)
                 cell.lock, cell.until, cell.holder = None, 0, ""
+        for left in leaving:
+            key = (left.scope, left.event_id)
+            cell = self.server.cell(key, now)
+            at = None if cell is None else (cell.version, cell.body_digest)
+            if at == (left.n, left.body_digest) and left.n < len(STAGES):
+                self.server.touch(key).gone = True
+                self.server.leave(key, left.n)
+
+    async def backlog(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[StageBacklog]:
+        """One per stage; also drops what outlived its state."""
+        return await self._call(lambda _: [self._backlog(scopes, n, now) for n in range(len(STAGES))])
+
+    def _backlog(self, scopes: Sequence[TenantScope], n: int, now: datetime) -> StageBacklog:
+        for scope in scopes:
+            self._prune(scope, n, self._dead_ms(_ms(now)))
+        received = [ms for scope in scopes for ms in self.server.waiting(scope, n).values()]
+        return StageBacklog(
+            len(received),
+            min(received, default=None),
+            self.server.trusted.get(STAGES[n], False),
+            self.server.counted("claimed", scopes, n),
+            self.server.counted("advanced", scopes, n),
+        )
+
+    async def undecided(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[int]:
+        """Events of each tenant at any stage."""
+        dead = self._dead_ms(_ms(now))
+
+        def count(scope: TenantScope) -> int:
+            return sum(ms >= dead for n in range(len(STAGES)) for ms in self.server.waiting(scope, n).values())
+
+        return await self._call(lambda _: [count(scope) for scope in scopes])
+
+    async def trust(self, stages: Sequence[str]) -> None:
+        """Say that everything which waits for these stages is counted now."""
+        await self._call(lambda _: self.server.trust(stages))
+
+    def _dead_ms(self, now: int) -> int:
+        return now - self._policy.state_ttl_s * 1000
 
     async def peek(self, keys: Sequence[Key]) -> Sequence[Peek | None]:
         """Read without claiming."""
@@ -334,6 +458,10 @@ class MemoryStateStore:
 
     def _state_end(self, now: int) -> int:
         return now + self._policy.state_ttl_s * 1000
+
+
+def _ms(moment: datetime) -> int:
+    return (moment - _EPOCH) // _MILLISECOND
 
 
 def _peek(cell: Cell | None) -> Peek | None:

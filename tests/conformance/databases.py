@@ -51,8 +51,10 @@ from contracts.state import (
 )
 from contracts.tenancy import TenantScope
 from deploy.migrations.upgrade import role_of, upgrade
+from deploy.runtime import RandomIds
 from deploy.servers import ServerUrls
 from governance.access import KEY_BYTES, new_api_key
+from governance.deadletters import LetterDesk
 from governance.memory import (
     MemoryAuditLog,
     MemoryDatabase,
@@ -61,18 +63,20 @@ from governance.memory import (
     MemoryDirectory,
     MemoryLabelBook,
     MemoryLedger,
+    MemoryLetterDesk,
     MemoryOutbox,
     MemoryRegistry,
     Transaction,
 )
 from governance.memory import enqueue as enqueue_in_memory
 from governance.memory.ledger import APPROVALS, DECISIONS
-from governance.memory.records import DEAD_LETTERS, LABELS
+from governance.memory.records import DEAD_LETTERS, LABELS, OUTBOX
 from governance.postgres import (
     PostgresAuditLog,
     PostgresDeadLetters,
     PostgresDirectory,
     PostgresLedger,
+    PostgresLetterDesk,
     PostgresRegistry,
     create_api_key,
     create_engine,
@@ -88,6 +92,7 @@ from resilience.memory.time import SteppingClock
 
 AT = "2026-01-31T12:00:00Z"
 PEPPER = b"p" * 32
+PARTITIONS = 4
 SIGNER = Signer(b"s" * 32)
 AGE_S = 5.0
 """After this many seconds no port's answer is older than the last change."""
@@ -103,6 +108,7 @@ class Bench(ABC):
     clock: SteppingClock
     ledger: Ledger
     letters: DeadLetters
+    desk: LetterDesk
     audit: MemoryAuditLog | PostgresAuditLog
     registry: Registry
     directory: MemoryDirectory | PostgresDirectory
@@ -129,6 +135,10 @@ class Bench(ABC):
     @abstractmethod
     async def letters_of(self, scope: TenantScope | None) -> list[tuple[str, str, str, int, str, bytes]]:
         """(letter, event, status, attempts, first failure, body) of each dead letter, by letter."""
+
+    @abstractmethod
+    async def written(self, scope: TenantScope | None) -> list[tuple[str, str, bytes, dict[str, Any]]]:
+        """(message id, routing key, body, headers) of everything in the outbox, due or not, in order of writing."""
 
     @abstractmethod
     async def labels_of(self, scope: TenantScope) -> list[tuple[str, str, str, str, datetime, bytes]]:
@@ -186,6 +196,7 @@ class MemoryBench(Bench):
         self.database = MemoryDatabase(self.clock, wire=lambda: asyncio.sleep(0))
         self.ledger = MemoryLedger(self.database)
         self.letters = MemoryDeadLetters(self.database)
+        self.desk = MemoryLetterDesk(self.database, RandomIds(), PARTITIONS)
         self.audit = MemoryAuditLog(self.database)
         self.memory_registry = MemoryRegistry(self.database)
         self.registry = self.memory_registry
@@ -225,6 +236,11 @@ class MemoryBench(Bench):
     async def letters_of(self, scope: TenantScope | None) -> list[tuple[str, str, str, int, str, bytes]]:
         rows = self.database.apply([scope], lambda tx: tx.rows(DEAD_LETTERS))
         return sorted((r.letter_id, r.event_id, r.status, r.attempts, _iso(r.first_failed_at), r.body) for r in rows)
+
+    async def written(self, scope: TenantScope | None) -> list[tuple[str, str, bytes, dict[str, Any]]]:
+        found = self.database.apply([scope], lambda tx: sorted(tx.rows(OUTBOX), key=lambda row: row.position))
+        messages = [row.message for row in found]
+        return [(one.message_id, one.routing_key, one.body, dict(one.headers)) for one in messages]
 
     async def labels_of(self, scope: TenantScope) -> list[tuple[str, str, str, str, datetime, bytes]]:
         rows = self.database.apply([scope], lambda tx: tx.rows(LABELS))
@@ -355,6 +371,7 @@ class PostgresBench(Bench):
         self.clock = SteppingClock()
         self.ledger = PostgresLedger(engine)
         self.letters = PostgresDeadLetters(engine, self.clock)
+        self.desk = PostgresLetterDesk(engine, self.clock, RandomIds(), PARTITIONS)
         self.audit = PostgresAuditLog(engine, self.clock)
         self.registry = PostgresRegistry(engine, self.clock, Verifier([SIGNER.public]))
         self.directory = PostgresDirectory(engine, self.clock, PEPPER)
@@ -394,6 +411,10 @@ class PostgresBench(Bench):
         sql = "SELECT letter_id, event_id, status, attempts, first_failed_at, body FROM dead_letters"
         rows = await self.rows(scope, sql)
         return sorted((*row[:4], _iso(row.first_failed_at), bytes(row.body)) for row in rows)
+
+    async def written(self, scope: TenantScope | None) -> list[tuple[str, str, bytes, dict[str, Any]]]:
+        rows = await self.rows(scope, "SELECT message_id, routing_key, body, headers FROM outbox ORDER BY position")
+        return [(row[0], row[1], bytes(row[2]), row[3]) for row in rows]
 
     async def labels_of(self, scope: TenantScope) -> list[tuple[str, str, str, str, datetime, bytes]]:
         rows = await self.rows(scope, "SELECT label_id, event_id, label, source, effective_at, body FROM labels")

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -94,7 +94,7 @@ class Surface:
             "model": "m",
             "event_id": "0" * 32,
         }
-        values |= {"user": "somebody", "key": "rfk_000000000000", "letter_id": "x"}
+        values |= {"user": "somebody", "key": "rfk_000000000000", "letter_id": "x", "request_id": "x"}
         for name, value in values.items():
             path = path.replace(f"{{{name}}}", value)
         assert "{" not in path, f"give the matrix a value for {path}"
@@ -115,6 +115,8 @@ def control() -> tuple[Surface, Behind, Tenants]:
         people=behind,  # type: ignore[arg-type]
         approvals=behind,  # type: ignore[arg-type]
         looking=behind,  # type: ignore[arg-type]
+        letters=cast("Any", behind),
+        redecider=cast("Any", behind),
         telemetry=RecordingTelemetry(),
         clock=SteppingClock(),
         committed=lambda: None,

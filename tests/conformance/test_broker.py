@@ -12,7 +12,7 @@ import pytest
 from contracts.codec import Entry, EntryHeader, encode_carrier
 from contracts.failures import MessagingFailureError, StateStoreError
 from contracts.ports import Confirm, Delivery, Message, Publisher
-from contracts.settlement import Ack, Pause, Settlement, undelivered_letters
+from contracts.settlement import Ack, Pause, Settlement, Wait, undelivered_letters
 from contracts.topology import Binding, Exchange, Policy, Queue, Topology
 from resilience.rabbit import PausePolicy
 from tests.conformance.conftest import Brokers, Consumer
@@ -507,6 +507,26 @@ async def test_part_of_a_group_may_pause(brokers: Brokers) -> None:
     await publish(publisher, [message(9)])
     await brokers.until("only the new one", lambda: bool(rest.got))
     assert rest.bodies() == [b"body 9"]
+
+
+async def test_a_delivery_that_waits_comes_again_unreturned_and_holds_up_no_other_queue(brokers: Brokers) -> None:
+    publisher = await brokers.publisher()
+    full = [True]
+
+    def settle(group: Sequence[Delivery]) -> Sequence[Settlement]:
+        return [Wait(0.05) if d.queue == A and full else Ack() for d in group]
+
+    box = Inbox(settle=settle)
+    await publish(publisher, messages(5))
+    consumer = await brokers.consumer([A, B], box.handle, prefetch=2)
+    await brokers.until("several tries", lambda: len(box.bodies()) >= 6)
+    assert set(box.bodies()) == {b"body 0", b"body 1"}  # no more than the prefetch is held
+    await publish(publisher, messages(20, B))
+    await brokers.until("the neighbour's are through", lambda: len(box.bodies(B)) == 20)
+    full.clear()
+    await brokers.until("all came in", lambda: set(box.bodies()) == {f"body {n}".encode() for n in range(5)})
+    assert not any(d.redelivered for d in box.got)
+    assert consumer.paused_reason is None
 
 
 async def test_a_long_pause_gives_the_deliveries_to_others(brokers: Brokers, size: int) -> None:

@@ -88,3 +88,25 @@ async def test_a_decision_that_lost_closes_letters_too(database: Bench, scope: T
     await database.letters.park([late])
     await database.ledger.decide([decided(state, Outcome.REJECTED)])
     assert await database.letters_of(scope) == expected([late], "closed")
+
+
+async def test_a_letter_that_comes_after_the_decision_is_closed_at_once(database: Bench, scope: TenantScope) -> None:
+    """What the audit or the labels lost is still lost: those letters stay open, whenever the decision came."""
+    state = decided(received(scope))
+    before = [letter(scope, state.event_id, stage=stage) for stage in ("decision", "audit", "labels")]
+    await database.letters.park(before)
+    await database.ledger.decide([state])
+    after = [letter(scope, state.event_id, stage=stage) for stage in ("retrieval", "audit", "labels")]
+    await database.letters.park(after)
+    settled = [before[0], after[0]]
+    assert await database.letters_of(scope) == sorted(expected(settled, "closed") + expected([*before[1:], *after[1:]]))
+
+
+async def test_a_letter_and_a_decision_at_once_leave_no_open_letter(database: Bench, scope: TenantScope) -> None:
+    states = [decided(received(scope, f"race-{i}")) for i in range(40)]
+    letters = [letter(scope, state.event_id) for state in states]
+    await asyncio.gather(
+        *(database.ledger.decide([state]) for state in states),
+        *(database.letters.park([one]) for one in letters),
+    )
+    assert await database.letters_of(scope) == expected(letters, "closed")

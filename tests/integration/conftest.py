@@ -58,10 +58,18 @@ async def clear_leftovers(settings: Settings) -> None:
 def fleet(
     request: pytest.FixtureRequest, servers: ServerUrls, native_servers: NativeServers | None
 ) -> Iterator[RunningFleet]:
-    """The fleet of one module, with two tenants whose names nobody had before."""
+    """The fleet of one module, with two tenants whose names nobody had before; `SETTINGS` of the module are its own."""
     directory = Path(tempfile.mkdtemp(prefix="riskfleet-fleet-"))
     settings = local.with_servers(
-        Settings(environment="test", http_port=free_port(), control_port=free_port(), data_dir=directory), servers
+        Settings(
+            environment="test",
+            http_port=free_port(),
+            control_port=free_port(),
+            scaling_port=free_port(),
+            data_dir=directory,
+            **getattr(request.module, "SETTINGS", {}),
+        ),
+        servers,
     )
 
     async def prepare() -> dict[str, Any]:

@@ -276,13 +276,16 @@ def build_fleet(settings: Settings, native: NativeServers | None, said: list[str
     """Every role of a local fleet; their logs lie below the data directory."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RISKFLEET_")}
     environment = kept | environment_of(settings) | {"PYTHONPATH": str(ROOT)}
-    return Fleet(
-        local.roles(0),
-        environment,
-        settings.data_dir / "logs",
-        said.append,
-        on_tick=native.ensure_alive if native else None,
-    )
+    scaled = settings.workers_max > 1
+
+    def look() -> None:
+        if native is not None:
+            native.ensure_alive()
+        if scaled:
+            local.obey(settings, fleet)
+
+    fleet = Fleet(local.roles(0, scaled=scaled), environment, settings.data_dir / "logs", said.append, on_tick=look)
+    return fleet
 
 
 def some_events(prefix: str, number: int, seed: int) -> list[dict[str, Any]]:

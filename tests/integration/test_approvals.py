@@ -44,7 +44,6 @@ from gateway.web import application
 from governance.approvals import Approval, ApprovalStatus, Cause
 from governance.postgres import PostgresAuditLog, PostgresDeadLetters, PostgresLedger, create_engine, create_tenant
 from governance.postgres.approvals import Approvals
-from governance.postgres.deadletters import LetterFilter
 from governance.postgres.engine import transaction
 from governance.postgres.looking import Looking
 from governance.postgres.outbox import PostgresOutbox
@@ -729,40 +728,6 @@ async def test_an_event_is_found_wherever_it_is(room: Room) -> None:
         await nowhere.event(fresh_scope(), state.event_id)
 
 
-async def test_dead_letters_are_listed_by_page_and_filter_and_shown_without_their_payload(room: Room) -> None:
-    letters = PostgresDeadLetters(room.engine, room.clock)
-    names = []
-    for i in range(5):
-        room.clock.seconds += 1
-        name = f"l{i}" + secrets.token_hex(8)
-        names.append(name)
-        stage, category = ("scoring", "INFRA_ERROR") if i % 2 else ("decision", "UNEXPECTED_ERROR")
-        at = "2026-01-31T12:00:00Z"
-        await letters.park(
-            [DeadLetter(name, room.scope, "e", stage, category, "p", "E", f"f{i}", 3, at, at, b"secret payload")]
-        )
-    looking = Looking(room.engine)
-    found, after = [], None
-    while True:
-        page = await looking.letters(room.scope, LetterFilter(), after=after, limit=2)
-        found += [line.letter_id for line in page.letters]
-        after = page.next
-        if after is None:
-            break
-    assert found == names[::-1]
-
-    async def listed(**wanted: Any) -> int:
-        return len((await looking.letters(room.scope, LetterFilter(**wanted))).letters)
-
-    assert [await listed(stage="scoring"), await listed(category="UNEXPECTED_ERROR")] == [2, 3]
-    assert [await listed(fingerprint="f4"), await listed(status="discarded"), await listed(stage="a\0")] == [1, 0, 0]
-    view = await looking.letter(room.scope, names[0])
-    assert (view.size, view.entries) == (14, ())
-    assert "secret" not in view.model_dump_json()
-    with pytest.raises(NotKnownError):
-        await looking.letter(fresh_scope(), names[0])
-
-
 # --- HTTP ---------------------------------------------------------------------------------------------
 
 
@@ -789,6 +754,8 @@ async def door(room: Room) -> AsyncIterator[tuple[httpx.AsyncClient, Counter]]:
         people=cast("Any", None),
         approvals=room.approvals,
         looking=Looking(room.engine),
+        letters=cast("Any", None),
+        redecider=cast("Any", None),
         telemetry=room.telemetry,
         clock=room.clock,
         committed=committed,
@@ -860,15 +827,10 @@ async def test_people_work_through_the_queue_over_http(room: Room, door: tuple[h
         ("approvals-report?since=yesterday", 422),
         ("approvals-report?since=2026-01-01T00:00:00", 422),
         ("events/" + "0" * 32, 404),
-        ("deadletters?status=bad", 422),
-        ("deadletters?after=%00", 422),
-        ("deadletters/nothing", 404),
-        ("deadletters/%00", 404),
         ("audit", 422),
         ("audit?event_id=x", 404),
         ("audit?event_id=" + "0" * 32 + "&after=-1", 422),
         ("audit?event_id=" + "0" * 32, 200),
-        ("deadletters?status=all&stage=scoring", 200),
     ],
 )
 async def test_odd_questions_have_named_answers(

@@ -748,6 +748,8 @@ def the_app(house: House) -> Starlette:
         people=house.people,
         approvals=nothing,
         looking=nothing,
+        letters=nothing,
+        redecider=nothing,
         telemetry=RecordingTelemetry(),
         clock=house.clock,
         committed=lambda: None,

@@ -65,6 +65,7 @@ from governance.postgres import (
     tenant_ids,
     transaction,
 )
+from governance.postgres.corrections import lock_events
 from governance.postgres.schema import metadata
 from governance.registry import release_artifacts
 from governance.signing import Signer, Statement, Verifier
@@ -213,6 +214,22 @@ async def test_synchronous_commit_off_is_refused(engine: AsyncEngine, database: 
 # --- ledger -------------------------------------------------------------------------------------------
 
 
+async def test_a_letter_waits_for_whoever_decides_its_event(
+    engine: AsyncEngine, scope: TenantScope, clock: SetClock
+) -> None:
+    """Else neither would see the other, and the letter of a decided event would stay open."""
+    at = "2026-01-31T12:00:00Z"
+    name = f"waits-{scope.tenant_id}"
+    one = DeadLetter(name, scope, "e" * 32, "scoring", "c", "p", "E", "f", 3, at, at, b"b")
+    async with transaction(engine, [scope]) as connection:
+        await lock_events(connection, [(scope, "e" * 32)])
+        parking = asyncio.create_task(PostgresDeadLetters(engine, clock).park([one]))
+        done, _ = await asyncio.wait({parking}, timeout=0.3)
+        assert not done
+    await parking
+    assert len(await rows(engine, [scope], "SELECT 1 FROM dead_letters")) == 1
+
+
 async def test_a_decision_closes_the_dead_letters_of_its_event(
     engine: AsyncEngine, scope: TenantScope, clock: SetClock
 ) -> None:
@@ -258,6 +275,7 @@ OF_NO_TENANT = {
     "users",
     "memberships",
     "api_keys",
+    "replay_pace",  # one row, the pace of the whole installation
     "registry_transitions",  # the rules themselves: the same for everybody, and only the owner may write them
 }
 

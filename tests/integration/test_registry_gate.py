@@ -531,6 +531,8 @@ async def office(gate: RegistryGate, scope: TenantScope) -> AsyncIterator[Office
         people=nothing,
         approvals=nothing,
         looking=nothing,
+        letters=nothing,
+        redecider=nothing,
         telemetry=telemetry,
         clock=SystemClock(),
         committed=lambda: committed.append("committed"),

@@ -42,7 +42,6 @@ from governance.approvals import (
     quantile,
     resolve,
 )
-from governance.postgres.deadletters import LetterSummary
 
 AT = "2026-01-31T12:00:00Z"
 LATER = "2026-01-31T13:00:00Z"
@@ -283,7 +282,6 @@ class Wire:
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Wire]]:
     app = typer.Typer()
     app.add_typer(cli_approvals.approvals_app, name="approvals")
-    app.add_typer(cli_approvals.dlq_app, name="dlq")
 
     def run(*words: str, **answers: tuple[int, Any]) -> tuple[Any, Wire]:
         pairs = [(name.split("_", 1), answer) for name, answer in answers.items()]
@@ -307,13 +305,9 @@ def test_the_queue_is_a_table_for_people_and_json_for_programs(run: Callable[...
 
 
 def test_an_empty_list_says_what_that_means(run: Callable[..., tuple[Any, Wire]]) -> None:
-    nothing: tuple[int, Any] = (200, {"approvals": [], "letters": [], "next": None})
+    nothing: tuple[int, Any] = (200, {"approvals": [], "next": None})
     assert "nothing waits for people" in run("approvals", "list", GET_approvals=nothing)[0].output
     assert "in time" in run("approvals", "list", "--status", "expired", GET_approvals=nothing)[0].output
-    assert "nothing of this tenant is parked" in run("dlq", "list", GET_deadletters=nothing)[0].output.replace(
-        "\n", " "
-    )
-    assert "is like this" in run("dlq", "list", "--stage", "scoring", GET_deadletters=nothing)[0].output
 
 
 def test_an_answer_names_its_revision_and_a_first_vote_says_that_it_is_one(
@@ -363,14 +357,3 @@ def test_a_claim_reads_the_revision_and_a_report_reads_like_sentences(run: Calla
     shown, _ = run("approvals", "report", GET_approvals_report=(200, report))
     for wanted in ("2 approved", "3 (1 overdue)", "61 s", "1 of 2"):
         assert wanted in shown.output
-
-
-def test_a_dead_letter_is_shown_by_size_and_digest(run: Callable[..., tuple[Any, Wire]]) -> None:
-    letter = dict.fromkeys(LetterSummary.model_fields, "x") | {"status": "open", "attempts": 3, "replays": 0}
-    letter |= {"first_failed_at": AT, "last_failed_at": AT, "parked_at": AT, "letter_id": "l" * 32}
-    view = {"letter": letter, "size": 2048, "sha256": "ab" * 32, "entries": []}
-    shown, _ = run("dlq", "show", "l" * 32, **{f"GET_deadletters__{'l' * 32}": (200, view)})
-    assert "2,048 bytes" in shown.output
-    assert "not a carrier" in shown.output
-    listed, _ = run("dlq", "list", "--status", "all", GET_deadletters=(200, {"letters": [letter], "next": None}))
-    assert "l" * 32 in listed.output

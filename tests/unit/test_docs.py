@@ -21,7 +21,7 @@ PAGES = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in 
 
 _OPS = "docs/operations.md"
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r"(?<![\w./:-])(?:\.venv/bin/)?riskfleet ([a-z]+)(?: ([a-z]+))?")
+_COMMAND = re.compile(r"(?<![\w./:-])(?:\.venv/bin/)?riskfleet ([a-z]+)(?: ([a-z][a-z-]*))?")
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 

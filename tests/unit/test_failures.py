@@ -39,6 +39,7 @@ NAMED = {
     "NotKnownError": 404,
     "ConflictError": 409,
     "LimitExceededError": 429,
+    "UndecidedLimitError": 429,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,
     "StateStoreError": 503,

@@ -163,6 +163,38 @@ def test_on_tick_is_called_about_once_a_second(fleets: Callable[..., Fleet]) -> 
     assert len(calls) == 2
 
 
+def test_copies_are_started_and_drained_one_by_one_and_the_role_itself_stays(
+    fleets: Callable[..., Fleet], lines: list[str]
+) -> None:
+    fleet = fleets(role("one", SLEEPER), role("two", SLEEPER))
+    first = fleet.pids()["one"]
+    fleet.scale("one", 3)
+    assert set(fleet.pids()) == {"one", "one-2", "one-3", "two"}
+    killed = fleet.pids()["one-2"]
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: fleet.pids().get("one-2", killed) != killed, step=fleet.tick)
+    fleet.scale("one", 1)
+    until(lambda: set(fleet.pids()) == {"one", "two"}, step=fleet.tick)
+    fleet.tick()
+    fleet.scale("one", 2)
+    assert fleet.pids()["one"] == first
+    assert "one-2" in fleet.pids()
+    assert not [line for line in lines if "did not drain" in line]
+    with pytest.raises(ValueError, match="at least one"):
+        fleet.scale("one", 0)
+
+
+def test_a_copy_that_does_not_drain_is_killed_after_its_grace(
+    fleets: Callable[..., Fleet], tmp_path: Path, lines: list[str]
+) -> None:
+    fleet = fleets(role("stubborn", STUBBORN, grace_s=0.3))
+    fleet.scale("stubborn", 2)
+    until(lambda: (tmp_path / "stubborn-2.log").read_text().startswith("up"))
+    fleet.scale("stubborn", 1)
+    until(lambda: set(fleet.pids()) == {"stubborn"}, step=fleet.tick)
+    assert "stubborn-2 did not drain" in lines[-1]
+
+
 def test_two_roles_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must differ"):
         Fleet([role("one", SLEEPER), role("one", SLEEPER)], {}, tmp_path, print)

@@ -398,6 +398,60 @@ async def test_a_failing_entry_climbs_the_ladder_and_is_parked_with_a_record() -
     assert fleet.world.cells[ACME, EVENT].lock is None
 
 
+async def backlog(fleet: Fleet) -> list[int]:
+    return [one.events for one in await fleet.worker.store.backlog([ACME], fleet.clock.now())]
+
+
+async def test_an_event_is_in_the_backlog_of_its_stage_until_it_is_decided() -> None:
+    fleet = Fleet()
+    seen = []
+    for stage in STAGES:
+        if stage is RETRIEVAL:
+            fleet.submit(new_state())
+        await fleet.worker.deliver(stage, fleet.take(stage))
+        seen.append(await backlog(fleet))
+    assert seen == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
+async def test_what_is_parked_leaves_the_backlog_and_its_replay_brings_it_back() -> None:
+    fleet = Fleet()
+    body = await fleet.to(SCORING)
+    (last,) = [entry_in(body).evolve(attempts=len(RetryPolicy().waits_ms))]
+    fleet.registry.errors += [ValueError("defect")]
+    assert await fleet.worker.deliver(SCORING, encode_carrier([last])) == Ack()
+    assert fleet.broker.parked()
+    assert await backlog(fleet) == [0, 0, 0, 0]
+    assert await fleet.worker.deliver(SCORING, body) == Ack()  # as its dead letter holds it
+    assert await backlog(fleet) == [0, 0, 1, 0]
+    await fleet.drain()
+    fleet.check_settled()
+
+
+async def test_a_parked_newcomer_leaves_and_the_owner_of_its_identity_stays() -> None:
+    fleet = Fleet()
+    owner, newcomer = new_state(), new_state(amount={"value": "99999.00", "currency": "EUR"})
+    assert await fleet.worker.deliver(RETRIEVAL, await fleet.to(RETRIEVAL, owner)) == Ack()
+    assert await fleet.worker.deliver(RETRIEVAL, encode_carrier([entry_of(newcomer, RETRIEVAL)])) == Ack()
+    assert await backlog(fleet) == [0, 1, 0, 0]
+    fleet.world.flush()
+    await fleet.worker.store.reserve([entry_of(newcomer, RETRIEVAL)])  # Redis forgot whose identity it is
+    assert await backlog(fleet) == [1, 0, 0, 0]
+    assert await fleet.worker.deliver(RETRIEVAL, encode_carrier([entry_of(newcomer, RETRIEVAL)])) == Ack()
+    assert await backlog(fleet) == [0, 0, 0, 0]
+
+
+async def test_a_decided_event_that_a_forgetful_door_took_again_leaves_the_backlog() -> None:
+    fleet = Fleet()
+    body = await fleet.to(RETRIEVAL)
+    assert await fleet.worker.deliver(RETRIEVAL, body) == Ack()
+    await fleet.drain()
+    fleet.world.flush()
+    await fleet.worker.store.reserve([entry_in(body)])
+    assert await backlog(fleet) == [1, 0, 0, 0]
+    assert await fleet.worker.deliver(RETRIEVAL, body) == Ack()
+    assert await backlog(fleet) == [0, 0, 0, 0]
+
+
 async def test_a_failing_entry_harms_no_other_of_its_group() -> None:
     fleet = Fleet()
     states = [new_state(f"{n:032x}") for n in range(3)]

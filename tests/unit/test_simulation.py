@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from contracts.codec import entry_of, state_from_bytes
-from contracts.events import Event, parse_event
+from contracts.events import Event, event_id_of, parse_event
 from contracts.failures import DatabaseError, LimitExceededError
 from contracts.messages import stage_message
 from contracts.outcomes import Decision
@@ -21,11 +21,13 @@ from contracts.tenancy import TenantScope
 from contracts.topology import STAGES, Stage, stage_queue
 from tests.fakes import CountingIds, RecordingTelemetry, SteppingClock
 from tests.fakes_state import DefaultsRegistry, StateWorld, TwinBroker, TwinLedger, TwinStateStore
+from workers.pipeline import PIPELINE
 from workers.runner import RunnerPorts, StageRunner
 from workers.simulation import StageSimulator
 from workers.stages import StagePorts
 
 ACME, GLOBEX = TenantScope("acme"), TenantScope("globex")
+AT = "2026-01-31T12:00:00+00:00"
 
 
 @dataclass
@@ -114,6 +116,26 @@ async def test_a_simulation_decides_as_the_pipeline_does(
     real = await through_the_pipeline(event_of(**fields), KnownSubject(), registry)
     assert comparable(simulated) == comparable(real)
     assert simulated.tenant_id == "acme"
+
+
+async def test_every_version_is_carried_on_to_the_decision_of_its_event() -> None:
+    """The same one from each; a halt that was set since holds for events under way, as in their stages."""
+    ledger, registry = KnownSubject(), Halting()
+    simulator = StageSimulator(StagePorts(ledger, registry), SteppingClock(), CountingIds(), permits=4)
+    event = event_of()
+    state = begin(ACME, event_id_of(ACME, "order-1"), event, received_at=AT, source="http", correlation_id="c")
+    wanted = comparable(await simulator.redecide(state))
+    versions = [state]
+    for stage in PIPELINE["risk"][:3]:
+        (facts,) = await stage.gather([versions[-1]], StagePorts(ledger, registry))
+        step = stage.decide(versions[-1], facts, AT, lambda: 0.0)
+        versions.append(versions[-1].transition(step.target, step.section, stage=stage.stage, detail=step.detail))
+    assert [comparable(await simulator.redecide(version)) for version in versions] == [wanted] * 4
+    registry.halted = True
+    for version in versions:
+        codes = [reason.code for reason in (await simulator.redecide(version)).reasons]
+        assert "HALTED" in codes
+    assert (dict(ledger.rows), dict(ledger.owners)) == ({}, {})
 
 
 async def test_a_simulation_records_nothing() -> None:

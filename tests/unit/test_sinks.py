@@ -12,15 +12,17 @@ from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of_reco
 from contracts.failures import DatabaseError
 from contracts.labels import Label, parse_label
 from contracts.messages import decision_message, delivery_message, label_from, label_message, undelivered
-from contracts.ports import Confirm, DecisionRow, Delivery, Message
-from contracts.settlement import Ack, Pause, letter_from
+from contracts.ports import Confirm, DeadLetter, DecisionRow, Delivery, Message
+from contracts.settlement import REPLAYS_HEADER, Ack, Pause, failure_headers, letter_from
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from contracts.topology import DELIVERY_QUEUE, LABELS_QUEUE, parked_queue, rung_exchange
 from tests.fakes import InMemoryLedger, RecordingPublisher, RecordingTelemetry, SteppingClock
+from workers.settling import park_bytes
 from workers.sinks.audit import AuditSink
 from workers.sinks.delivery import MOST_ATTEMPTS, DeliverySink
 from workers.sinks.labels import LabelsSink
+from workers.sinks.parking import ParkingSink
 
 ACME = TenantScope("acme")
 EVENT = "e" * 32
@@ -259,3 +261,59 @@ async def test_what_is_no_delivery_is_counted_and_sent_nowhere(headers: dict[str
     assert await parts.sink.handle([Delivery(DELIVERY_QUEUE, b"{}", DELIVERY_QUEUE, headers=headers)]) == [Ack()]
     assert not parts.publisher.messages
     assert parts.count("undecodable") == 1
+
+
+# --- parking ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Letters:
+    """A table that refuses letters of some problems, and maybe those of nobody."""
+
+    refused: frozenset[str] = frozenset()
+    nobody: bool = True
+    rows: list[DeadLetter] = field(default_factory=list)
+
+    async def park(self, letters: Sequence[DeadLetter]) -> None:
+        if any(one.problem in self.refused or (one.scope is None and not self.nobody) for one in letters):
+            raise ValueError("a value does not fit")
+        self.rows += letters
+
+
+def parking(number: int, problem: str) -> Delivery:
+    body = b"body %d" % number
+    plain = park_bytes(body, "scoring", ValueError(), "2026-01-31T12:00:00Z").letter
+    letter = replace(plain, problem=problem, scope=ACME)
+    return Delivery("risk.v1.parked.scoring", body, "", headers=failure_headers(letter))
+
+
+async def test_a_letter_that_postgresql_refuses_harms_no_other_and_keeps_its_bytes() -> None:
+    table = Letters(frozenset({"bad"}))
+    deliveries = [parking(i, "bad" if i == 3 else "good") for i in range(8)]
+    assert await ParkingSink(table, SteppingClock()).handle(deliveries) == [Ack()] * 8
+    good, plain = [row for row in table.rows if row.scope], [row for row in table.rows if row.scope is None]
+    assert sorted(row.body for row in good) == [b"body %d" % i for i in range(8) if i != 3]
+    assert [(row.body, row.stage, row.exception_class) for row in plain] == [(b"body 3", "parking", "ValueError")]
+
+
+async def test_a_letter_that_cannot_be_kept_at_all_stays_on_its_queue_alone() -> None:
+    table = Letters(frozenset({"bad"}), nobody=False)
+    deliveries = [parking(i, "bad" if i == 1 else "good") for i in range(3)]
+    assert await ParkingSink(table, SteppingClock()).handle(deliveries) == [Ack(), Pause("parking"), Ack()]
+    assert sorted(row.body for row in table.rows) == [b"body 0", b"body 2"]
+
+
+async def test_a_replayed_label_or_record_that_fails_again_is_another_letter() -> None:
+    parts = LabelParts()
+    parts.book.poison = lambda row: row == label()
+    for count in (0, 1):
+        message = replace(label_message(label()), headers={REPLAYS_HEADER: count})
+        await parts.sink.handle([as_delivery(message), Delivery(LABELS_QUEUE, b"bad", "", headers=message.headers)])
+    chain, publisher = Chain(poison=lambda row: True), RecordingPublisher()
+    sink = AuditSink(chain, publisher, RecordingTelemetry(), SteppingClock())
+    for count in (0, 1):
+        entries = [entry_of_record(each).evolve(replays=count) for each in (record(1), replace(record(2), scope=None))]
+        await sink.handle([Delivery("q", encode_carrier(entries), "q")])
+    letters = [letter_from(m.headers, m.body) for m in (*parts.publisher.messages, *publisher.messages)]
+    assert [one.replays for one in letters] == [0, 0, 1, 1] * 2
+    assert len({one.letter_id for one in letters}) == 8

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 import structlog
 
-from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of_record, record_of_entry
+from contracts.codec import Entry, decode_carrier, encode_carrier, record_of_entry
 from contracts.failures import InfrastructureError, RiskfleetError, UndecodableEntryError
 from contracts.ports import AuditLog, Clock, Delivery, Publisher, Telemetry
 from contracts.settlement import Ack, Pause, Settlement
-from contracts.state import AuditRecord
 from contracts.telemetry import AUDIT_RECORDS, PARKED, Measurement
 from workers.settling import Park, park, park_bytes
 from workers.sinks.bisecting import publish_parks, write_or_park
@@ -36,12 +35,12 @@ class AuditSink:
 
     async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
         """Append the records of all deliveries; answers Pause for all while PostgreSQL does not answer."""
-        records: list[AuditRecord] = []
+        entries: list[Entry] = []
         parks: list[Park] = []
         for delivery in deliveries:
-            self._read(delivery, records, parks)
+            self._read(delivery, entries, parks)
         try:
-            fresh, refused = await write_or_park(records, self._audit_log.append, self._refuse)
+            fresh, refused = await write_or_park(entries, self._append, self._refuse)
             await publish_parks(self._publisher, [*parks, *refused], _STAGE)
         except InfrastructureError as error:
             return [Pause(type(error).__name__)] * len(deliveries)
@@ -52,7 +51,10 @@ class AuditSink:
         )
         return [Ack()] * len(deliveries)
 
-    def _read(self, delivery: Delivery, records: list[AuditRecord], parks: list[Park]) -> None:
+    async def _append(self, entries: Sequence[Entry]) -> Sequence[bool]:
+        return await self._audit_log.append([record_of_entry(entry) for entry in entries])
+
+    def _read(self, delivery: Delivery, entries: list[Entry], parks: list[Park]) -> None:
         now = self._clock.now().isoformat()
         try:
             items = decode_carrier(delivery.body)
@@ -63,15 +65,16 @@ class AuditSink:
             try:
                 if isinstance(item, UndecodableEntryError):
                     raise item
-                records.append(record_of_entry(item))
+                record_of_entry(item)  # what has no chain is parked now, alone
+                entries.append(item)
             except RiskfleetError as error:
                 body = encode_carrier((item,)) if isinstance(item, Entry) else delivery.body
                 parks.append(park_bytes(body, _STAGE, error, now))
 
-    def _refuse(self, record: AuditRecord, error: Exception) -> Park:
-        log.error("audit.refused", exception_class=type(error).__name__, event_id=record.event_id)
+    def _refuse(self, entry: Entry, error: Exception) -> Park:
+        log.error("audit.refused", exception_class=type(error).__name__, event_id=entry.header.event)
         self._telemetry.record(Measurement(PARKED, 1, {"stage": _STAGE, "category": "UNEXPECTED_ERROR"}))
-        entry, now = entry_of_record(record), self._clock.now().isoformat()
-        if record.scope is None:  # the system's: no tenant's letter
-            return park_bytes(encode_carrier((entry,)), _STAGE, error, now)
+        now = self._clock.now().isoformat()
+        if not entry.header.tenant:  # the system's: no tenant's letter
+            return park_bytes(encode_carrier((entry,)), _STAGE, error, now, replays=entry.header.replays)
         return park(entry, error, now)

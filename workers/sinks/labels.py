@@ -15,7 +15,7 @@ from contracts.failures import InfrastructureError, UndecodableEntryError, class
 from contracts.labels import Label
 from contracts.messages import label_from, label_message
 from contracts.ports import Clock, Delivery, LabelBook, Publisher, Telemetry
-from contracts.settlement import Ack, Pause, Settlement
+from contracts.settlement import Ack, Pause, Settlement, replays_of
 from contracts.telemetry import LABELS, PARKED, Measurement
 from workers.settling import Park, park_bytes
 from workers.sinks.bisecting import publish_parks, write_or_park
@@ -37,15 +37,15 @@ class LabelsSink:
 
     async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
         """Record the labels of all deliveries; answers Pause for all while a server does not answer."""
-        labels: list[Label] = []
+        labels: list[tuple[Label, int]] = []
         parks: list[Park] = []
         for delivery in deliveries:
             try:
-                labels.append(label_from(delivery.body))
+                labels.append((label_from(delivery.body), replays_of(delivery.headers)))
             except UndecodableEntryError as error:
-                parks.append(self._park(delivery.body, error))
+                parks.append(self._park(delivery.body, error, replays_of(delivery.headers)))
         try:
-            fresh, refused = await write_or_park(labels, self._label_book.record, self._refuse)
+            fresh, refused = await write_or_park(labels, self._record, self._refuse)
             await publish_parks(self._publisher, [*parks, *refused], _STAGE)
         except InfrastructureError as error:
             return [Pause(type(error).__name__)] * len(deliveries)
@@ -56,10 +56,14 @@ class LabelsSink:
         )
         return [Ack()] * len(deliveries)
 
-    def _refuse(self, label: Label, error: Exception) -> Park:
-        return self._park(label_message(label).body, error, label)
+    async def _record(self, rows: Sequence[tuple[Label, int]]) -> Sequence[bool]:
+        return await self._label_book.record([label for label, _ in rows])
 
-    def _park(self, body: bytes, error: Exception, label: Label | None = None) -> Park:
+    def _refuse(self, row: tuple[Label, int], error: Exception) -> Park:
+        label, replays = row
+        return self._park(label_message(label).body, error, replays, label)
+
+    def _park(self, body: bytes, error: Exception, replays: int, label: Label | None = None) -> Park:
         """The letter holds the message's own bytes, so that a replay is the same label."""
         log.error(
             "label.refused",
@@ -69,4 +73,4 @@ class LabelsSink:
         category = str(classify(error).category)
         self._telemetry.record(Measurement(PARKED, 1, {"stage": _STAGE, "category": category}))
         whose = (label.scope, label.event_id) if label is not None else None
-        return park_bytes(body, _STAGE, error, self._clock.now().isoformat(), whose)
+        return park_bytes(body, _STAGE, error, self._clock.now().isoformat(), whose, replays=replays)

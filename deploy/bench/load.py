@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -204,8 +205,7 @@ class _Connection(asyncio.Protocol):
         self._parser, self._body = httptools.HttpResponseParser(self), b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which is none of asyncio's
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)

@@ -112,8 +112,11 @@ class BenchReport:
 
     @property
     def good(self) -> bool:
-        """Whether every accepted event was decided once, and its trail is in an intact audit."""
-        whole = self.audit_intact and self.missing_records == 0
+        """Whether every accepted event was decided once, and its trail is in an intact audit.
+
+        A run in which nothing was accepted, or a request had no answer, proves nothing.
+        """
+        whole = self.audit_intact and self.missing_records == 0 and self.accepted > 0 and 0 not in self.statuses
         return self.lost == 0 == self.double and self.dead_letters == 0 and whole
 
     def to_json(self) -> dict[str, Any]:

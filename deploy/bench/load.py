@@ -205,7 +205,7 @@ class _Connection(asyncio.Protocol):
         self._parser, self._body = httptools.HttpResponseParser(self), b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which is none of asyncio's
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own class, which is none of asyncio's
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)

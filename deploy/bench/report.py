@@ -88,7 +88,8 @@ def _verdict(report: BenchReport) -> str:
     if report.good:
         return f"Each of {report.accepted:,} accepted events was decided once, and the audit is whole."
     return (
-        f"Not good: {report.accepted:,} accepted, {report.statuses.get(0, 0):,} unanswered, {report.lost:,} lost, {report.double:,} decided twice, {report.dead_letters:,} dead letters, "
+        f"Not good: {report.accepted:,} accepted, {report.statuses.get(0, 0):,} unanswered, "
+        f"{report.lost:,} lost, {report.double:,} decided twice, {report.dead_letters:,} dead letters, "
         f"{report.missing_records:,} audit records missing."
     )
 

@@ -392,6 +392,8 @@ def main() -> int:
     parser.add_argument("--venvs", type=Path, default=ROOT / ".rivals")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     given = parser.parse_args()
+    # A run that is told to end takes its servers with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rounds = 1 if given.quick else given.rounds
     events, own = (300, 1_000) if given.quick else (given.events, given.our_events)
     rated = int(given.rate * (3 if given.quick else 20))

@@ -259,6 +259,11 @@ class RedisStateStore:
         async with _translated():
             return str((await self._client.info("server"))["redis_version"])
 
+    async def memory_bytes(self) -> int:
+        """`used_memory` of the server."""
+        async with _translated():
+            return int((await self._client.info("memory"))["used_memory"])
+
     async def script_round_trip_ms(self) -> float:
         """Run a script over a key that does not exist; returns how long it took (ms)."""
         began = asyncio.get_running_loop().time()

@@ -180,6 +180,12 @@ def faultless(body: bytes) -> Outcome:
     return Outcome(row.outcome)
 
 
+def orphans(seen: Observed) -> int:
+    """Records of versions that no decision stands on: what was computed twice after Redis forgot."""
+    reports = [seen.database.apply([scope], lambda tx, scope=scope: _verify(tx, scope, None)) for scope in seen.tenants]  # type: ignore[misc]
+    return sum(report.orphans for report in reports)
+
+
 def _audited(seen: Observed) -> list[str]:
     found = []
     for scope in seen.tenants:

@@ -31,7 +31,8 @@ from contracts.ports import Clock
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from governance.audit import operator_record
-from governance.postgres.engine import moment, sqlstate, transaction
+from governance.columns import moment
+from governance.postgres.engine import sqlstate, transaction
 from governance.postgres.outbox import enqueue_records
 from governance.prompts import check_prompt, diff
 from governance.registry import (

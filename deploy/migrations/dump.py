@@ -1,6 +1,7 @@
 """`python -m deploy.migrations.dump [URL]`: the schema of an upgraded database as SQL, for `docs/schema.sql`.
 
-Without a URL a private server is started, upgraded, dumped and removed. Prints to standard output; needs `pg_dump` on PATH. Two runs over the same schema print the same bytes.
+Without a URL a private server is started, upgraded, dumped and removed. Prints to
+standard output; needs `pg_dump` on PATH. Two runs over the same schema print the same bytes.
 """
 
 from __future__ import annotations

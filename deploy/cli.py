@@ -30,8 +30,9 @@ from deploy.cli_registry import halt_app, registry_app
 from deploy.processes import ServersError
 from deploy.runtime import SystemClock
 from deploy.servers import running_urls
+from governance.audit import AuditReport
 from governance.postgres import engine as pg
-from governance.postgres.audit import AuditReport, PostgresAuditLog
+from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.directory import tenant_ids
 from resilience.management import BrokerManagement
 

@@ -26,7 +26,8 @@ _ABOUT: Final = (
 )
 _CLOUDEVENTS: Final = (
     "CloudEvents 1.0 is accepted too: structured (content type `application/cloudevents+json`, the event in `data`), "
-    "or binary with the attributes as headers prefixed `cloudEvents:`, `cloudEvents_` or `ce-`."
+    "as a batch of those (`application/cloudevents-batch+json`, acked when all of it has settled), or binary with the "
+    "attributes as headers prefixed `cloudEvents:`, `cloudEvents_` or `ce-`."
 )
 _PUBLISHING: Final[Mapping[str, str]] = {
     "user_id": "Required: the tenant's own broker user. The broker checks it; the tenant is taken from it alone",
@@ -91,7 +92,8 @@ def _ingest() -> dict[str, Any]:
     return _channel(
         INGEST,
         "{tenant}.{kind}",
-        f"Exchange `{INGEST}`: publish with the routing key `<tenant>.<kind>`. {_CLOUDEVENTS}",
+        f"Exchange `{INGEST}`: publish with the routing key `<tenant>.<kind>`, a label with `<tenant>.label`. "
+        f"{_CLOUDEVENTS}",
         {"kind": {"description": "What the body is", "enum": [*(str(kind) for kind in Kind), "label"]}},
         "event",
         "label",

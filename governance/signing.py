@@ -1,8 +1,10 @@
 """Signatures of approvals: Ed25519 over what was approved, by whom and until when.
 
-Promises: who can write to the database, its owner included, cannot make a version that decides without the private
-key; several public keys are accepted at once, so that a key can be changed without a gap. Pure: keys come from the
-composition root, times are arguments. Source: RFC 8032.
+Promises: who can write to the database, its owner included, cannot make a version of their own that decides without
+the private key. Does not promise more: such a person can still activate an approved version of old, take approvals
+away, or set halts, which is what the audit and the backups are for; and defaults of the release are trusted by its own
+list, unsigned. Several public keys are accepted at once, so that a key can be changed without a gap. Pure: keys come
+from the composition root, times are arguments. Source: RFC 8032.
 """
 
 from __future__ import annotations

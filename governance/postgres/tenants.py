@@ -39,6 +39,8 @@ from governance.postgres.engine import transaction
 
 MAX_OVERLAP_S: Final = 7 * 86_400
 MAX_KEYS: Final = 100
+MAX_KEYS_SHOWN: Final = 500
+"""More than may live, so that no living key is ever hidden behind dead ones."""
 _BROKER_S: Final = 4.0
 """Within PostgreSQL's idle_in_transaction_session_timeout (5 s): the row's lock is held meanwhile."""
 _AMOUNT: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,8})?")
@@ -146,9 +148,13 @@ _LIVE_KEYS: Final = text(
 )
 _KEYS: Final = text(
     """
-    SELECT k.*, u.disabled_at IS NOT NULL AS owner_disabled
-      FROM api_keys k LEFT JOIN users u ON u.user_id = k.owner
-     WHERE k.tenant = :tenant ORDER BY k.created_at, k.key_id
+    SELECT * FROM (
+        SELECT k.*, u.disabled_at IS NOT NULL AS owner_disabled
+          FROM api_keys k LEFT JOIN users u ON u.user_id = k.owner
+         WHERE k.tenant = :tenant
+         ORDER BY (k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > :now)) DESC, k.created_at DESC
+         LIMIT :most) AS shown
+     ORDER BY created_at, key_id
     """
 )
 _LOCK_KEY: Final = text("SELECT * FROM api_keys WHERE tenant = :tenant AND key_id = :key_id FOR UPDATE")
@@ -303,9 +309,10 @@ class Tenants:
         return key
 
     async def keys(self, scope: TenantScope) -> Sequence[ApiKey]:
-        """Every key of the tenant, oldest first, without secrets."""
+        """The tenant's living keys and the newest dead ones, 500 at most, oldest first, without secrets."""
+        values = {"tenant": scope.tenant_id, "now": self._p.clock.now(), "most": MAX_KEYS_SHOWN}
         async with transaction(self._p.engine, [scope]) as connection:
-            rows = (await connection.execute(_KEYS, {"tenant": scope.tenant_id})).all()
+            rows = (await connection.execute(_KEYS, values)).all()
         return tuple(_api_key(row) for row in rows)
 
     async def rotate_key(self, caller: Principal, scope: TenantScope, key_id: str, overlap_s: int = 3_600) -> MadeKey:

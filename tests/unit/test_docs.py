@@ -11,6 +11,7 @@ import typer
 
 from contracts.failures import FAILURES, Category
 from contracts.lifecycle import TRANSITIONS
+from contracts.telemetry import AUTOSCALER_METRICS, METRICS
 from contracts.tenancy import TenantScope
 from deploy.cli import app
 from deploy.local import roles
@@ -87,6 +88,13 @@ def test_every_problem_has_a_row_in_the_runbook_that_says_what_the_code_does() -
 
 def test_every_category_of_dead_letters_has_a_row_in_the_runbook() -> None:
     assert [row[0] for row in table_of("docs/operations.md", "## Dead letters")] == [str(c) for c in Category]
+
+
+def test_every_metric_has_a_row_in_the_runbook_with_its_type_labels_and_meaning() -> None:
+    rows = {name: cells for name, *cells in table_of(_OPS, "## Metrics")}
+    wanted = {m.name: [str(m.type), ", ".join(m.labels) or "none"] for m in (*METRICS.values(), *AUTOSCALER_METRICS)}
+    assert {name: cells[:2] for name, cells in rows.items()} == wanted
+    assert all(cells[2] for cells in rows.values())
 
 
 def test_the_ports_in_the_runbook_are_those_of_a_local_fleet() -> None:

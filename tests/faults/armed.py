@@ -32,7 +32,7 @@ PUBLISHING, HALF_PUBLISHED, PUBLISHED, HALF_ACKED, ACKED = (
 )
 DECIDED, COMMITTED = "decided", "committed"
 RESERVED, SENDING, CONFIRMED = "reserved", "sending", "confirmed"
-LOCKED, APPENDED, PARKED = "locked", "appended", "parked"
+LOCKED, APPENDED = "locked", "appended"
 
 _SETTLING: Final = (ADVANCED, PUBLISHING, HALF_PUBLISHED, PUBLISHED, HALF_ACKED, ACKED)
 HALF_SETTLED: Final = frozenset({*_SETTLING, COMMITTED, APPENDED}) - {ACKED}
@@ -42,7 +42,7 @@ _STAGE_PLACES: Final = (DELIVERED, CLAIMED, WORKED, *_SETTLING)
 
 
 def places_of(role: str) -> tuple[str, ...]:
-    """The places that a role passes; `role` is its name in the fleet, with or without a number."""
+    """The places that a role passes under load; `role` is its name in the fleet, with or without a number."""
     kind = role.rpartition("-")[0] if role[-1:].isdigit() else role
     match kind:
         case "retrieval":
@@ -55,8 +55,6 @@ def places_of(role: str) -> tuple[str, ...]:
             return (RESERVED, SENDING, CONFIRMED)
         case "sink-audit":
             return (DELIVERED, LOCKED, APPENDED, ACKED)
-        case "sink-parking":
-            return (DELIVERED, PARKED)
     return ()
 
 
@@ -202,7 +200,6 @@ def _arm_consumer(trigger: Trigger) -> None:
 def arm(role: str, trigger: Trigger) -> None:
     """Put the places of a role around its adapters."""
     from governance.postgres.audit import PostgresAuditLog
-    from governance.postgres.deadletters import PostgresDeadLetters
     from governance.postgres.ledger import PostgresLedger
     from resilience.rabbit import RabbitPublisher
     from resilience.redis import RedisStateStore
@@ -218,7 +215,6 @@ def arm(role: str, trigger: Trigger) -> None:
     around(RedisStateStore, "advance", trigger, before=WORKED, after=ADVANCED)
     around(PostgresAuditLog, "_lock_heads", trigger, after=LOCKED)
     around(PostgresAuditLog, "append", trigger, after=APPENDED)
-    around(PostgresDeadLetters, "park", trigger, after=PARKED)
     around_publish(RabbitPublisher, trigger, PUBLISHING, HALF_PUBLISHED, PUBLISHED)
 
 

@@ -66,8 +66,8 @@ class Fault:
 class Profile:
     """How much of each, over `seconds`; the first and the last `calm_s` stay without faults. `lease_s` is the fleet's.
 
-    `placed` is the share of kills and pauses at named places; `full` the share of placed kills that wait for a carrier
-    of 8 entries or more. Around each FLUSHALL `across` roles are paused.
+    `placed` is the share of kills and pauses at named places; `full` the share of kills that wait at a place inside a
+    settlement for a carrier of 8 entries or more. Around each FLUSHALL `across` roles are paused.
     """
 
     seconds: float
@@ -83,7 +83,7 @@ class Profile:
     lease_s: float = 2.0
     calm_s: float = 3.0
     placed: float = 0.85
-    full: float = 0.7
+    full: float = 0.42
     across: int = 3
 
 
@@ -125,12 +125,16 @@ def _dealt(chance: random.Random, choices: Sequence[str], number: int) -> list[s
 
 def _kills(chance: random.Random, profile: Profile) -> list[Fault]:
     pairs = [f"{role}|{place}" for role in profile.roles for place in places_of(role)]
-    placed = round(profile.kills * profile.placed)
-    faults = []
-    for pair in _evenly(chance, pairs, placed):
-        role, _, place = pair.partition("|")
-        full = place in HALF_SETTLED and chance.random() < profile.full
-        faults.append(Fault(Kind.KILL, role, place, least_entries=HALF_SETTLED_ENTRIES if full else 1))
+    halves = [pair for pair in pairs if pair.partition("|")[2] in HALF_SETTLED]
+    full, placed = round(profile.kills * profile.full), round(profile.kills * profile.placed)
+    faults = [
+        Fault(Kind.KILL, role, place, least_entries=HALF_SETTLED_ENTRIES)
+        for role, _, place in (pair.partition("|") for pair in _evenly(chance, halves, full))
+    ]
+    faults += [
+        Fault(Kind.KILL, role, place)
+        for role, _, place in (pair.partition("|") for pair in _evenly(chance, pairs, placed - full))
+    ]
     faults += [Fault(Kind.KILL, role) for role in _dealt(chance, profile.roles, profile.kills - placed)]
     chance.shuffle(faults)
     return faults
@@ -207,9 +211,17 @@ def weather_of(how: str) -> Weather:
 class Rig(Protocol):
     """The fleet that is tormented."""
 
-    arm_dir: Path
-    fired_file: Path
-    proxies: Mapping[str, FaultProxy]
+    @property
+    def arm_dir(self) -> Path:
+        """Where processes look for their orders."""
+
+    @property
+    def fired_file(self) -> Path:
+        """Where they write that they fired."""
+
+    @property
+    def proxies(self) -> Mapping[str, FaultProxy]:
+        """By server."""
 
     async def pids(self) -> Mapping[str, int]:
         """The numbers of the roles that run now."""

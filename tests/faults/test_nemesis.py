@@ -36,7 +36,7 @@ def test_a_plan_has_the_faults_of_its_profile_in_order_and_inside_its_time() -> 
     }
     times = [at_s for at_s, _ in planned]
     assert times == sorted(times)
-    assert 0 <= times[0]
+    assert times[0] >= 0
     assert times[-1] <= LONG.seconds
 
 
@@ -46,7 +46,7 @@ def test_most_kills_and_pauses_are_planned_at_named_places_each_often_enough() -
     assert len(placed) >= 0.8 * len(strikes)
     counted = Counter(fault.place for fault in placed)
     assert set(counted) == {place for role in ROLES for place in places_of(role)}
-    assert min(counted.values()) >= 20  # some will not be passed in time
+    assert min(counted.values()) > 15  # some will not be passed in time
     assert all(fault.place in places_of(fault.target) for fault in placed)
 
 

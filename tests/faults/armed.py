@@ -218,10 +218,21 @@ def arm(role: str, trigger: Trigger) -> None:
     around_publish(RabbitPublisher, trigger, PUBLISHING, HALF_PUBLISHED, PUBLISHED)
 
 
+def say_where(*_: object) -> None:
+    """On SIGUSR1: where every task of this process waits, into its log. Asked of a role that does not come back."""
+    import asyncio
+
+    for task in asyncio.all_tasks(asyncio.get_running_loop()):
+        sys.stderr.write(f"TASK {task.get_name()}\n")
+        task.print_stack(file=sys.stderr)
+    sys.stderr.flush()
+
+
 def main() -> int:
     """Arm and run the role that the arguments name."""
     from deploy import role
 
+    signal.signal(signal.SIGUSR1, say_where)
     arm_file, fired_file = os.environ.pop(ARM_FILE, None), os.environ.pop(FIRED_FILE, None)
     if arm_file is not None and fired_file is not None:
         named = Path(arm_file).stem

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import platform
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+import structlog
 import uvloop
 
 from contracts.failures import InfrastructureError
@@ -436,8 +438,16 @@ def _said(holds: bool, found: str) -> str:
     return found if holds else f"{found}  <-- NOT"
 
 
+def hush() -> None:
+    """Our own clients meet every fault too; what their libraries say about it is not what the run is about."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    for name in ("aiormq", "aio_pika", "pika", "asyncio", "httpx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
 def run(options: Options, directory: Path, say: Any) -> Report:
     """One whole run with servers of its own below `directory`."""
+    hush()
     # PostgreSQL's account must be able to pass through.
     directory.chmod(0o711)
     (directory / "fleet").mkdir()

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, cast
 
 _HIGH_WATER: Final = 1 << 20
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -136,6 +136,7 @@ class _Link:
         self._ends: dict[Way, asyncio.Transport] = {}  # by the way that arrives *from* this end
         self._lanes = {way: _Lane() for way in Way}
         self._reader = ConfirmReader() if proxy.confirms else None
+        self._early: list[bytes] | None = []  # what the client said before the server was reached
         self.port = 0
         self.damaged = False  # bytes of it were swallowed
         self.deaf = False  # cut at a confirm: nothing reaches the client any more
@@ -195,15 +196,24 @@ class _Link:
             lane.held_bytes -= len(data)
             self._write(way, data)
             if lane.held_bytes < _HIGH_WATER // 2:
-                self.flow(way, go=True)
+                self.flow(_other(way), go=True)
         lane.task = None
         if lane.ended:
             self._close_after(way)
 
     def _write(self, way: Way, data: bytes) -> None:
         other = self._ends.get(_other(way))
-        if other is not None and not other.is_closing():
+        if self._early is not None and way is Way.UP:
+            self._early.append(data)
+        elif other is not None and not other.is_closing():
             other.write(data)
+
+    def reached(self, server: asyncio.Transport) -> None:
+        """The server is connected: it gets what the client has said so far."""
+        self.attach(Way.DOWN, server)
+        early, self._early = self._early or [], None
+        for data in early:
+            server.write(data)
 
     def _pause(self, way: Way) -> None:
         with contextlib.suppress(RuntimeError):
@@ -295,11 +305,9 @@ class FaultProxy:
             self.tally.refused += 1
             link.reset()
             return
-        link.attach(Way.DOWN, server)
+        link.reached(server)
         if client.is_closing():
             link.reset()
-            return
-        client.resume_reading()
 
     def forget(self, link: _Link) -> None:
         """A connection is over."""
@@ -354,10 +362,9 @@ class _Client(_Side):
         super().__init__(_Link(proxy), Way.UP)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.pause_reading()
-        self._link.attach(Way.UP, transport)
-        self._proxy.accepted(self._link, transport)
+        client = cast("asyncio.Transport", transport)  # uvloop's own kind is none by birth
+        self._link.attach(Way.UP, client)
+        self._proxy.accepted(self._link, client)
 
 
 def _other(way: Way) -> Way:

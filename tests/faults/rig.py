@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -127,7 +128,15 @@ class ChaosRig:
             running = await self.pids()
             return [role for role in self.ports if role not in running or not await self.at_work(role)]
 
-        await eventually("every role at work", missing, lambda names: not names, within_s)
+        try:
+            await eventually("every role at work", missing, lambda names: not names, within_s)
+        except AssertionError:
+            running = await self.pids()
+            for role in await missing():
+                if role in running:
+                    os.kill(running[role], signal.SIGUSR1)
+            await asyncio.sleep(1.0)
+            raise AssertionError(f"not at work: {await missing()} of {dict(running)}; {self.said[-5:]}") from None
 
 
 @asynccontextmanager

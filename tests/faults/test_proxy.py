@@ -7,8 +7,10 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
+import uvloop
 
 from tests.faults.proxy import CALM, ConfirmReader, FaultProxy, Way, Weather
 
@@ -80,6 +82,21 @@ async def test_in_good_weather_every_byte_comes_through_in_order() -> None:
             assert await reader.readexactly(len(data)) == data
         await sending
         assert (proxy.tally.connections, proxy.tally.swallowed) == (1, 0)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_many_clients_that_speak_at_once_are_all_heard(run: Callable[[Any], None]) -> None:
+    async def one(proxy: FaultProxy, number: int) -> None:
+        streams = await client(proxy)
+        for _ in range(5):
+            assert await say(streams, b"x" * (100 + number)) == b"x" * (100 + number)
+        streams[1].close()
+
+    async def all_of_them() -> None:
+        async with behind() as proxy:
+            await asyncio.gather(*(one(proxy, number) for number in range(100)))
+
+    run(all_of_them())
 
 
 async def test_the_end_of_one_side_reaches_the_other() -> None:

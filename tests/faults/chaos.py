@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -138,6 +137,7 @@ class Report:
             "faults_total": sum(self.deeds.done.values()),
             "failpoints": dict(sorted(self.deeds.places.items())),
             "restart_s": {"median": _middle(restarts), "longest": round(restarts[-1], 2) if restarts else None},
+            "server_back_s": {name: _middle(times) for name, times in sorted(self.deeds.servers_s.items())},
             "counts": self.counts,
             "bites": asdict(self.observations.bites),
             "rules": [asdict(rule) for rule in self.verdict.rules],
@@ -398,7 +398,7 @@ async def versions(rig: ChaosRig) -> dict[str, str]:
     management = BrokerManagement(rig.urls.rabbitmq_management)
     try:
         return {
-            "riskfleet": version("riskfleet"),
+            "riskfleet": rig.settings.version,
             "python": platform.python_version(),
             "rabbitmq": await management.version(),
             "redis": await store.version(),
@@ -419,6 +419,10 @@ def table(report: Report) -> str:
         *((f"  {kind}", f"{report.deeds.done[kind]:,}") for kind in Kind),
         ("kills and pauses at named places", f"{bites.at_failpoints:,} of {bites.kills + bites.pauses:,}"),
         ("a killed role is back at work after", f"{_middle(report.deeds.restarts_s)} s (median)"),
+        *(
+            (f"{name} answers again after", f"{_middle(times)} s (median), {max(times):.1f} s (longest)")
+            for name, times in report.deeds.servers_s.items()
+        ),
         *((name.replace("_", " "), f"{count:,}") for name, count in c.items()),
         ("", ""),
         *((rule.name, _said(rule.holds, rule.found)) for rule in report.verdict.rules),

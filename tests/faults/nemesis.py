@@ -255,6 +255,7 @@ class Deeds:
     half_settled: int = 0
     across_flush: int = 0
     restarts_s: list[float] = field(default_factory=list)
+    servers_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     spans: list[tuple[float, float]] = field(default_factory=list)
     log: list[dict[str, object]] = field(default_factory=list)
 
@@ -441,7 +442,9 @@ class Nemesis:
     async def _server(self, fault: Fault) -> bool:
         async with self._servers[fault.target]:
             await self._rig.kill_server(fault.target, lose_tail=fault.how == "lost-tail")
-            await self._rig.server_back(fault.target, 60.0)
+            began = self._now()
+            await self._rig.server_back(fault.target, 90.0)
+            self.deeds.servers_s[fault.target].append(self._now() - began)
         return True
 
     async def _flush(self, fault: Fault) -> bool:

@@ -168,12 +168,13 @@ class Sampler:
 
 async def make_observer(migration_url: str, database_url: str) -> str:
     """A role that may read and do nothing else, bound by row-level security as everybody; answers its URL."""
-    password = secrets.token_hex(16)
+    password, name = secrets.token_hex(16), urlsplit(database_url).path.strip("/")
     engine = create_engine(migration_url, pool_size=1)
     try:
         async with transaction(engine, ()) as connection:
             for statement in (
                 f"CREATE ROLE {OBSERVER} LOGIN NOSUPERUSER NOBYPASSRLS PASSWORD '{password}'",
+                f"GRANT CONNECT ON DATABASE {name} TO {OBSERVER}",
                 f"ALTER ROLE {OBSERVER} SET default_transaction_read_only = on",
                 f"GRANT SELECT ON events, decisions, dead_letters, audit_records, audit_heads, approvals TO {OBSERVER}",
             ):

@@ -13,22 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from contracts.events import Event, canonical_json
 from contracts.failures import UndecodableEntryError
 from contracts.lifecycle import Status
-from contracts.state import (
-    STATE_SCHEMA,
-    STATE_TYPES,
-    AuditRecord,
-    Created,
-    Decided,
-    EventState,
-    Processed,
-    TrailEntry,
-    Validated,
-)
+from contracts.state import SECTIONS, STATE_SCHEMA, STATE_TYPES, AuditRecord, EventState, TrailEntry
 from contracts.tenancy import TenantScope
 
 MAGIC = b"RFC1"
@@ -190,12 +180,7 @@ def upcast(document: dict[str, Any], upcasters: dict[int, Upcaster] | None = Non
     return document
 
 
-_SECTIONS: dict[str, type[Created | Validated | Processed | Decided]] = {
-    "created": Created,
-    "validated": Validated,
-    "processed": Processed,
-    "decided": Decided,
-}
+_TRAIL = TypeAdapter(tuple[TrailEntry, ...])
 
 
 def state_from_bytes(data: bytes) -> EventState:
@@ -204,9 +189,10 @@ def state_from_bytes(data: bytes) -> EventState:
         document = orjson.loads(data)
         if not isinstance(document, dict):
             raise UndecodableEntryError("a stored state is a JSON object")
+        stored_schema = document.get("schema")
         d = upcast(document)
-        sections: dict[str, Any] = {name: kind.model_validate(d[name]) for name, kind in _SECTIONS.items() if name in d}
-        return STATE_TYPES[d["kind"]](
+        sections: dict[str, Any] = {name: kind.model_validate(d[name]) for name, kind in SECTIONS.items() if name in d}
+        state = STATE_TYPES[d["kind"]](
             scope=TenantScope(d["tenant"]),
             event_id=d["event_id"],
             event=Event.model_validate(d["event"]),
@@ -218,9 +204,12 @@ def state_from_bytes(data: bytes) -> EventState:
             n=d["n"],
             status=Status(d["status"]),
             digest=d["digest"],
-            trail=tuple(TrailEntry.model_validate(entry) for entry in d["trail"]),
+            trail=_TRAIL.validate_python(d["trail"]),
             **sections,
         )
+        if d["schema"] == stored_schema:  # an upcast is never what was stored
+            state.plain.update({name: d[name] for name in ("event", "trail", *sections)}, bytes=data)
+        return state
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise UndecodableEntryError(f"a stored state cannot be read ({type(error).__name__})") from error
 

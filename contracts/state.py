@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -130,6 +130,14 @@ class TrailEntry(BaseModel):
 
 Section = Created | Validated | Processed | Decided
 
+SECTIONS: dict[str, type[Section]] = {
+    "created": Created,
+    "validated": Validated,
+    "processed": Processed,
+    "decided": Decided,
+}
+"""What the stages add, by the name of its field and in their order."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventState:
@@ -152,6 +160,9 @@ class EventState:
     validated: Validated | None = None
     processed: Processed | None = None
     decided: Decided | None = None
+    plain: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The parts as plain JSON, once known, and `bytes`: what was read is written as it was, nothing twice. Only
+    `transition` and the codec fill it; `replace` makes a state that knows nothing of it."""
 
     @property
     def parent(self) -> str | None:
@@ -165,7 +176,8 @@ class EventState:
         """
         check_transition(self.status, target)
         name = type(section).__name__.lower()
-        content = {"n": self.n + 1, "status": target, name: section.model_dump(mode="json")}
+        added = section.model_dump(mode="json")
+        content = {"n": self.n + 1, "status": target, name: added}
         digest = _chain(self.digest, content)
         entry = TrailEntry(
             n=self.n + 1,
@@ -177,24 +189,47 @@ class EventState:
             at=section.at,
             detail=dict(detail),
         )
-        trail = (*self.trail, entry)
+        more: tuple[TrailEntry, ...] = (entry,)
         if target is Status.AWAITING_APPROVAL:
             opened = entry.model_copy(
                 update={"step": "approval", "parent": digest, "digest": _chain(digest, {"approval": "opened"})}
             )
-            trail = (*trail, opened)
+            more = (entry, opened)
         changes: dict[str, Any] = {name: section}
-        return replace(self, n=VERSION_OF[target], status=target, digest=digest, trail=trail, **changes)
+        trail = (*self.trail, *more)
+        new = replace(self, n=VERSION_OF[target], status=target, digest=digest, trail=trail, **changes)
+        steps = [*self._plain("trail"), *(step.model_dump(mode="json") for step in more)]
+        known = {part: self._plain(part) for part in ("event", *SECTIONS) if getattr(self, part) is not None}
+        new.plain.update(known | {name: added, "trail": steps})
+        return new
+
+    def _plain(self, part: str) -> Any:
+        """The event, a section or the trail as plain JSON."""
+        if part not in self.plain:
+            value = getattr(self, part)
+            if part == "trail":
+                self.plain[part] = [entry.model_dump(mode="json") for entry in value]
+            elif part == "event":
+                self.plain[part] = value.model_dump(exclude_none=True)
+            else:
+                self.plain[part] = value.model_dump(mode="json")
+        return self.plain[part]
 
     def to_bytes(self) -> bytes:
         """The stored bytes of this version (canonical JSON); `state_from_bytes` reads them."""
+        if "bytes" not in self.plain:
+            self.plain["bytes"] = self._bytes()
+        stored: bytes = self.plain["bytes"]
+        return stored
+
+    def _bytes(self) -> bytes:
         return canonical_json(
             {
                 "schema": STATE_SCHEMA,
                 "kind": self.KIND,
                 "tenant": self.scope.tenant_id,
                 "event_id": self.event_id,
-                "event": self.event.model_dump(exclude_none=True),
+                "event": self._plain("event"),
                 "body_digest": self.body_digest,
                 "received_at": self.received_at,
                 "source": self.source,
@@ -203,26 +238,18 @@ class EventState:
                 "n": self.n,
                 "status": self.status,
                 "digest": self.digest,
-                "trail": [entry.model_dump(mode="json") for entry in self.trail],
+                "trail": self._plain("trail"),
             }
-            | {
-                name: section.model_dump(mode="json")
-                for name, section in (
-                    ("created", self.created),
-                    ("validated", self.validated),
-                    ("processed", self.processed),
-                    ("decided", self.decided),
-                )
-                if section is not None
-            }
+            | {name: self._plain(name) for name in SECTIONS if getattr(self, name) is not None}
         )
 
     def records(self, first: int = 0, last: int | None = None) -> tuple[AuditRecord, ...]:
         """The audit records of versions `first` … `last` (this version when None) of the trail."""
         upto = self.n if last is None else last
-        return tuple(self._record(entry) for entry in self.trail if first <= entry.n <= upto)
+        steps = zip(self.trail, self._plain("trail"), strict=True)
+        return tuple(self._record(entry, plain) for entry, plain in steps if first <= entry.n <= upto)
 
-    def _record(self, entry: TrailEntry) -> AuditRecord:
+    def _record(self, entry: TrailEntry, plain: Mapping[str, Any]) -> AuditRecord:
         record_id = hashlib.sha256(f"{self.event_id}|{entry.n}|{entry.step}|{entry.digest}".encode()).hexdigest()[:32]
         body = canonical_json(
             {
@@ -233,7 +260,7 @@ class EventState:
                 "kind": self.KIND,
                 "body_digest": self.body_digest,
                 "correlation_id": self.correlation_id,
-                "entry": entry.model_dump(mode="json"),
+                "entry": plain,
             }
         )
         return AuditRecord(self.scope, record_id, self.event_id, entry.n, entry.digest, body)

@@ -73,13 +73,18 @@ class Failures:
 
     def decode(self, entry: Entry, stored: bytes, wave: Wave) -> EventState | None:
         """The state in some stored bytes; None when it cannot be read, and the entry has failed."""
+        key = (entry.header.tenant, entry.header.event)
+        known = wave.states.get(key)
+        if known is not None and known.to_bytes() is stored:
+            return known
         try:
             state = state_from_bytes(stored)
-            if (state.scope.tenant_id, state.event_id) != (entry.header.tenant, entry.header.event):
+            if (state.scope.tenant_id, state.event_id) != key:
                 raise InvalidWorkflowStateError("an entry's header names another event than its bytes")
         except RiskfleetError as error:
             self.fail(entry, error, wave)
             return None
+        wave.states[key] = state
         return state
 
     def fail(self, entry: Entry, error: BaseException, wave: Wave) -> None:

@@ -44,7 +44,8 @@ class Wave:
     """What one pass over some entries has gathered to publish, and the locks that it holds.
 
     `onward` goes to the next stage, as many entries to a carrier as there are. `replies` are copies for waiting
-    callers. `lost` their lock on the way; `waiting` = on the ladder, until another's lock ends.
+    callers. `lost` their lock on the way; `waiting` = on the ladder, until another's lock ends. `states` were read
+    in this pass already.
     """
 
     onward: list[Entry] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Wave:
     held: dict[tuple[str, str], Held] = field(default_factory=dict)
     lost: list[Entry] = field(default_factory=list)
     waiting: list[Entry] = field(default_factory=list)
+    states: dict[tuple[str, str], EventState] = field(default_factory=dict)
 
     def let_go(self, held: Held) -> None:
         """The lock was given back, or is another's."""

@@ -336,7 +336,7 @@ class StageRunner:
             if row.body_digest != new.body_digest:
                 self._failures.conflict(item.entry, wave, new)
                 continue
-            decided = state_from_bytes(row.state)
+            decided = new if row.state == new.to_bytes() else state_from_bytes(row.state)
             by_event[new.scope.tenant_id, new.event_id] = (row, decided.digest == new.digest)
             final.append((item, decided))
             if decided.digest == new.digest:

@@ -5,6 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ROOMS  := contracts gateway workers governance resilience deploy
+# Of `make chaos`: minutes under faults, seed of load and faults, mean events per second.
+MINUTES ?= 30
+SEED    ?= 1
+RATE    ?= 60
 # Twice quiet: errors only, no warnings.
 PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 export PIP_ROOT_USER_ACTION := ignore
@@ -14,7 +18,7 @@ export YES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run check test lint unit lock clean
+.PHONY: help venv run check test lint unit chaos lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +54,11 @@ check: lint unit ## Linters, types, import rules, unit and architecture tests (n
 test: lint ## Everything, with real servers (installed by apt after a yes, or with YES=1)
 	@$(BIN)/python -m deploy.servers
 	@$(BIN)/python -m pytest tests
+
+chaos: $(STAMP) ## 30 minutes of kills, pauses, resets and restarts under load; writes docs/evidence/chaos.json
+	@$(BIN)/python -m deploy.servers
+	@$(BIN)/python -W ignore -m tests.faults.chaos --minutes $(MINUTES) --seed $(SEED) --rate $(RATE) \
+	  --evidence docs/evidence/chaos.json
 
 lock: $(STAMP) ## Resolve the dependencies again and write requirements.lock
 	@$(PIP) install "pip-tools>=7.6,<8"

@@ -331,8 +331,12 @@ class Run:
         )
 
     def _defects(self) -> list[str]:
-        """What went wrong beside the promises: clients that died, roles that ended by themselves or did not drain."""
-        crashed = [line for line in self._rig.said if "ended with exit code" in line and "exit code 0" not in line]
+        """What went wrong beside the promises: clients that died, roles that ended by a defect or did not drain.
+
+        Exit codes 0 and 3 are none: told to end, and a server that was away while the role started.
+        """
+        ended = [line for line in self._rig.said if "ended with exit code" in line]
+        crashed = [line for line in ended if not line.partition("exit code ")[2].startswith(("0;", "3;"))]
         return [*self._clients.defects, *crashed, *(line for line in self._rig.said if "did not drain" in line)]
 
     def _bites(self) -> Bites:

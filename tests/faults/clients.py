@@ -29,6 +29,7 @@ from tests.faults.load import Arrival, Door, History, Line, Op, Submission, Vari
 
 _SENDERS: Final = 12
 _BATCH: Final = 25
+_LONGEST_WAIT_S: Final = 6.0
 _UNKNOWN: Final = (408, 429, 500, 502, 503, 504)
 PROBLEM: Final = "urn:riskfleet:problem:"
 
@@ -55,6 +56,7 @@ class Clients:
         self._trusted = ssl.create_default_context()  # made once: each client would read the certificates again
         self.unanswered = 0
         self.skipped = 0
+        self._tries: dict[Submission, int] = {}
         self.defects: list[str] = []
         self._stopped = False
 
@@ -152,11 +154,12 @@ class Clients:
         self.unanswered -= 1
         return True
 
-    def _again(self, submission: Submission, tries: int) -> None:
-        """The same identity once more, after a while."""
+    def _again(self, submission: Submission) -> None:
+        """The same identity once more, after a while that doubles: a client that hammers keeps a fleet down."""
+        tries = self._tries[submission] = self._tries.get(submission, 0) + 1
 
         async def later() -> None:
-            await asyncio.sleep(min(0.2 * 2 ** min(tries, 4), 2.0) * (0.5 + self._chance.random()))
+            await asyncio.sleep(min(0.25 * 2 ** min(tries, 6), _LONGEST_WAIT_S) * (0.5 + self._chance.random()))
             self._queues[submission.tenant, submission.door].put_nowait(submission)
 
         if not self._stopped:
@@ -173,7 +176,7 @@ class Clients:
                 self._line(submission, Op.INVOKE)
                 status, document = await _post(client, "/v1/events", body)
                 if not self._answered(submission, status, document):
-                    self._again(submission, 1)
+                    self._again(submission)
 
     async def _batches(self, tenant: DemoCredentials, queue: asyncio.Queue[Submission]) -> None:
         async with self._client(tenant) as client:
@@ -187,7 +190,7 @@ class Clients:
                 for one, result in zip(some, results or [], strict=True):
                     problem = result.get("problem") or {}
                     if not self._answered(one, result["status"], result | {"type": problem.get("type", "")}):
-                        self._again(one, 1)
+                        self._again(one)
 
     def _client(self, tenant: DemoCredentials) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {tenant.api_key}", "Content-Type": "application/json"}
@@ -231,7 +234,7 @@ class Clients:
                 self.unanswered -= 1
             else:
                 self._line(one, Op.UNKNOWN, problem=str(confirm))
-                self._again(one, 1)
+                self._again(one)
                 well = well and confirm is not Confirm.UNKNOWN
         return well
 

@@ -26,7 +26,7 @@ from tests.faults.armed import HALF_SETTLED, Order, places_of
 from tests.faults.proxy import FaultProxy, Way, Weather
 
 SERVERS: Final = ("rabbitmq", "redis", "postgresql")
-_ARMED_FOR_S: Final = 12.0
+_ARMED_FOR_S: Final = 30.0
 _LOOK_S: Final = 0.05
 HALF_SETTLED_ENTRIES: Final = 8
 

@@ -154,7 +154,7 @@ class Sampler:
         with suppress(httpx.HTTPError, ValueError):
             for line in (await client.get(self._metrics_url)).text.splitlines():
                 name, _, value = line.rpartition(" ")
-                if name.partition("{")[0].endswith("_total"):
+                if not line.startswith("#") and name.partition("{")[0].endswith("_total"):
                     self._add(name, float(value))
         with suppress(httpx.HTTPError, ValueError, AttributeError):
             stats = (await client.get(self._overview, auth=self._auth)).json().get("message_stats") or {}

@@ -28,6 +28,7 @@ from tests.faults.proxy import FaultProxy, Way, Weather
 SERVERS: Final = ("rabbitmq", "redis", "postgresql")
 _ARMED_FOR_S: Final = 30.0
 _LOOK_S: Final = 0.05
+_FLUSH_WAIT_S: Final = 30.0
 HALF_SETTLED_ENTRIES: Final = 8
 
 
@@ -50,7 +51,7 @@ class Fault:
 
     `how` is what a proxy does, or `lost-tail`; `for_s` how long a pause or a proxy's fault lasts; `sever`: the
     connections of a paused role to RabbitMQ are lost meanwhile, so that somebody else takes over; `least_entries`: the
-    carrier that the place must be passed with.
+    carrier that the place must be passed with (of a FLUSHALL: the pauses that it waits for).
     """
 
     kind: Kind
@@ -87,6 +88,9 @@ class Profile:
     across: int = 3
 
 
+ACROSS: Final = "across"
+"""How a pause is that lasts from before a FLUSHALL until after it."""
+
 PROXY_FAULTS: Final = ("latency", "throttle", "reset", "half-open-up", "half-open-down", "refuse", "cut-confirms")
 
 
@@ -101,8 +105,9 @@ def plan(seed: int, profile: Profile) -> list[tuple[float, Fault]]:
     planned += _over(chance, profile, [Fault(Kind.REDIS, "redis", how=how) for how in tails])
     planned += _over(chance, profile, [Fault(Kind.POSTGRESQL, "postgresql")] * profile.postgresql)
     planned += _over(chance, profile, [Fault(Kind.RABBITMQ, "rabbitmq")] * profile.rabbitmq)
-    flushes = _over(chance, profile, [Fault(Kind.FLUSH, "redis")] * profile.flushes)
     across = min(profile.pauses, profile.flushes * profile.across)
+    each = across // max(profile.flushes, 1)
+    flushes = _over(chance, profile, [Fault(Kind.FLUSH, "redis", least_entries=each)] * profile.flushes)
     planned += flushes
     planned += _around(chance, profile, [at_s for at_s, _ in flushes], across)
     planned += _over(chance, profile, _pauses(chance, profile, profile.pauses - across))
@@ -169,15 +174,13 @@ def _evenly(chance: random.Random, pairs: Sequence[str], number: int) -> list[st
 def _around(
     chance: random.Random, profile: Profile, flushes: Sequence[float], number: int
 ) -> list[tuple[float, Fault]]:
-    """Pauses that begin shortly before a FLUSHALL and end after it, with a lock in hand where that is possible."""
-    stages = [role for role in profile.roles if "claimed" in places_of(role)]
+    """Pauses that begin before a FLUSHALL, with locks in hand, and end after it; the FLUSHALL waits for them."""
+    stages = [role for role in profile.roles if "claimed" in places_of(role)] or list(profile.roles)
     found = []
     for i in range(number):
-        at_s = max(0.0, flushes[i % len(flushes)] - 1.0)
-        role, place = chance.choice(stages or list(profile.roles)), chance.choice(("claimed", "worked"))
-        found.append(
-            (at_s, replace(_pause(chance, profile, role, place if stages else None), for_s=profile.lease_s * 1.5 + 1.0))
-        )
+        at_s = max(0.0, flushes[i % len(flushes)] - 2.0)
+        role, place = stages[i % len(stages)], chance.choice(("claimed", "worked"))
+        found.append((at_s, replace(_pause(chance, profile, role, place), how=ACROSS, for_s=profile.lease_s * 1.5)))
     return found
 
 
@@ -265,6 +268,7 @@ class _Paused:
     role: str
     pid: int
     began: float
+    across: bool = False
 
 
 class Nemesis:
@@ -281,6 +285,7 @@ class Nemesis:
         self._weather: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._servers: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._paused: dict[int, _Paused] = {}
+        self._flushed = asyncio.Event()
         self._read_to = 0
 
     async def run(self, planned: Sequence[tuple[float, Fault]]) -> None:
@@ -420,11 +425,15 @@ class Nemesis:
 
     async def _hold(self, fault: Fault, role: str, pid: int) -> None:
         """Keep a stopped process stopped, perhaps cut off from RabbitMQ, then let it go on as if nothing had been."""
-        paused = _Paused(role, pid, self._now())
+        paused = _Paused(role, pid, self._now(), across=fault.how == ACROSS)
         self._paused[pid] = paused
         if fault.sever:
             ports = local_ports(pid)
             self._rig.proxies["rabbitmq"].reset(ports)
+        if paused.across:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_WAIT_S):
+                    await self._flushed.wait()
         await asyncio.sleep(fault.for_s)
         _signal(pid, signal.SIGCONT)
         self._paused.pop(pid, None)
@@ -448,11 +457,19 @@ class Nemesis:
         return True
 
     async def _flush(self, fault: Fault) -> bool:
+        """FLUSHALL, once enough processes are stopped with locks in hand (or none comes any more)."""
         async with self._servers["redis"]:
+            deadline = self._now() + _FLUSH_WAIT_S * 2 / 3
+            while self._now() < deadline:
+                if sum(paused.across for paused in self._paused.values()) >= fault.least_entries:
+                    break
+                await asyncio.sleep(_LOOK_S)
             held = {paused.pid for paused in self._paused.values()}
             await self._rig.flush()
             # Who was stopped before and is stopped after was paused across it.
             self.deeds.across_flush += len(held & {paused.pid for paused in self._paused.values()})
+            self._flushed.set()
+            self._flushed = asyncio.Event()
         return True
 
     async def _proxy(self, fault: Fault) -> bool:

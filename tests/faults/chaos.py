@@ -205,10 +205,11 @@ class Run:
         watching = asyncio.create_task(self._watch(database))
         try:
             profile = options.faults(rig.roles)
-            load = arrivals(options.seed, LoadProfile(options.minutes * 60, options.rate, len(rig.tenants)))
-            await asyncio.gather(
-                self._clients.play(load, room=self._room), self._nemesis.run(plan(options.seed, profile))
-            )
+            # Faults that wait for their place take longer than planned; the load goes on until the last has struck.
+            load = arrivals(options.seed, LoadProfile(options.minutes * 150 + 120, options.rate, len(rig.tenants)))
+            playing = asyncio.create_task(self._clients.play(load, room=self._room))
+            await self._nemesis.run(plan(options.seed, profile))
+            playing.cancel()
             await self._nemesis.heal()
             healed = time.monotonic()
             self._say("healed; settling")

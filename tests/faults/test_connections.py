@@ -1,4 +1,4 @@
-"""Connections that were reset while they lay in a pool: the failure of a server, never ours, on the loop of the roles."""
+"""Connections that were reset while they lay in a pool: the failure of a server, on the very loop of the roles."""
 
 from __future__ import annotations
 

@@ -129,12 +129,12 @@ def around(owner: Any, name: str, trigger: Trigger, *, before: str | None = None
     """Let each call of a method pass a place before it, or after it came back."""
     original: Call = getattr(owner, name)
 
-    async def call(self: Any, first: Sequence[Any], *rest: Any) -> Any:
+    async def call(self: Any, first: Sequence[Any], *rest: Any, **named: Any) -> Any:
         if name == "reserve":
             trigger.entries = len(first)
         if before is not None:
             trigger.passing(before)
-        result = await original(self, first, *rest)
+        result = await original(self, first, *rest, **named)
         if after is not None:
             trigger.passing(after)
         return result

@@ -29,6 +29,7 @@ SERVERS: Final = ("rabbitmq", "redis", "postgresql")
 _ARMED_FOR_S: Final = 30.0
 _LOOK_S: Final = 0.05
 _FLUSH_WAIT_S: Final = 30.0
+_CUT_WAIT_S: Final = 20.0
 HALF_SETTLED_ENTRIES: Final = 8
 
 
@@ -107,7 +108,9 @@ def plan(seed: int, profile: Profile) -> list[tuple[float, Fault]]:
     planned += _over(chance, profile, [Fault(Kind.RABBITMQ, "rabbitmq")] * profile.rabbitmq)
     across = min(profile.pauses, profile.flushes * profile.across)
     each = across // max(profile.flushes, 1)
-    flushes = _over(chance, profile, [Fault(Kind.FLUSH, "redis", least_entries=each)] * profile.flushes)
+    flushes = _over(
+        chance, profile, [Fault(Kind.FLUSH, "redis", for_s=profile.lease_s * 1.5, least_entries=each)] * profile.flushes
+    )
     planned += flushes
     planned += _around(chance, profile, [at_s for at_s, _ in flushes], across)
     planned += _over(chance, profile, _pauses(chance, profile, profile.pauses - across))
@@ -286,6 +289,7 @@ class Nemesis:
         self._servers: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._paused: dict[int, _Paused] = {}
         self._flushed = asyncio.Event()
+        self._holding: set[asyncio.Task[None]] = set()
         self._read_to = 0
 
     async def run(self, planned: Sequence[tuple[float, Fault]]) -> None:
@@ -464,6 +468,7 @@ class Nemesis:
                 if sum(paused.across for paused in self._paused.values()) >= fault.least_entries:
                     break
                 await asyncio.sleep(_LOOK_S)
+            await self._stop_more(fault)
             held = {paused.pid for paused in self._paused.values()}
             await self._rig.flush()
             # Who was stopped before and is stopped after was paused across it.
@@ -472,13 +477,36 @@ class Nemesis:
             self._flushed = asyncio.Event()
         return True
 
+    async def _stop_more(self, fault: Fault) -> None:
+        """Where too few came to their places in time, stop workers wherever they are."""
+        missing = fault.least_entries - sum(paused.across for paused in self._paused.values())
+        for role, pid in (await self._rig.pids()).items():
+            if missing <= 0:
+                break
+            if "claimed" in places_of(role) and not self._roles[role].locked():
+                missing -= 1
+                self.deeds.pauses += 1
+                _signal(pid, signal.SIGSTOP)
+                pause = Fault(Kind.PAUSE, role, how=ACROSS, for_s=fault.for_s)
+                task = asyncio.create_task(self._hold(pause, role, pid))
+                self._holding.add(task)
+                task.add_done_callback(self._holding.discard)
+        await asyncio.sleep(0)  # they are on the list of the paused now
+
     async def _proxy(self, fault: Fault) -> bool:
         proxy = self._rig.proxies[fault.target]
         async with self._weather[fault.target]:
             if fault.how == "reset":
                 proxy.reset()
                 return True
+            lost = proxy.tally.confirms_lost
             await proxy.set(weather_of(fault.how))
+            if fault.how == "cut-confirms":  # nothing is cut while nobody publishes
+                deadline = self._now() + _CUT_WAIT_S
+                while self._now() < deadline:
+                    if proxy.tally.confirms_lost > lost:
+                        break
+                    await asyncio.sleep(_LOOK_S)
             await asyncio.sleep(fault.for_s)
             await proxy.heal()
         return True

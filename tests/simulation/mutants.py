@@ -1,6 +1,6 @@
 """Planted bugs: each is one change of the product that breaks a promise, and somebody must notice.
 
-A mutant is applied to a copy of the tree; then the simulation hunts it (every failpoint first, then seeds), or the
+A mutant is applied to a copy of the tree; then the simulation hunts it (seeds and failpoints in turn), or the
 tests that it names run, when it lives where no simulation looks (SQL, Lua, the topology). Promises that a change
 which does not fit the text any more is an error, so that no mutant dies unseen.
 """
@@ -14,17 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import orjson
 
 from tests.simulation.campaign import quiet, say
-from tests.simulation.plans import random_plan, single_plans
+from tests.simulation.plans import Plan, random_plan, single_plans
 from tests.simulation.run import run
 
 EVIDENCE: Final = Path("docs/evidence/mutants.json")
@@ -275,7 +275,7 @@ def apply(mutant: Mutant, root: Path) -> None:
 def hunt() -> dict[str, object]:
     """The first plan that breaks a promise here: what it was, and what it broke."""
     quiet()
-    for number, plan in enumerate(chain(single_plans(), map(random_plan, range(SEEDS)))):
+    for number, plan in enumerate(_plans()):
         try:
             broken = run(plan).violations
         except Exception as error:  # noqa: BLE001 - a run that cannot end is a run that noticed
@@ -284,6 +284,14 @@ def hunt() -> dict[str, object]:
             where = " ".join(str(strike) for strike in plan.strikes) if plan.chained else f"seed {plan.seed}"
             return {"caught": True, "by": "simulation", "runs": number + 1, "where": where, "broken": broken[0]}
     return {"caught": False, "by": "simulation", "runs": SEEDS}
+
+
+def _plans() -> Iterator[Plan]:
+    """Seeds and failpoints in turn: a bug is found by the one or the other first."""
+    singles = single_plans()
+    for seed in range(SEEDS):
+        yield random_plan(seed)
+        yield from islice(singles, 1)
 
 
 def judge(mutant: Mutant, root: Path) -> dict[str, object]:

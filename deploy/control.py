@@ -14,7 +14,7 @@ from deploy import keys
 from deploy.credentials import authenticator, token_issuer
 from deploy.settings import Settings
 from deploy.stopping import stop_signal
-from deploy.wiring import Kit, background, health_door, kit
+from deploy.wiring import Kit, background, health_door, kit, pauses
 from gateway.control.app import create_control
 from gateway.control.desk import Desk
 from gateway.health import CollectorRegistry, serve
@@ -73,6 +73,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         people=people,
         approvals=approvals,
         looking=Looking(k.engine, k.state_store),
+        pauses=pauses(k),
         telemetry=k.telemetry,
         clock=k.clock,
         committed=relay.wake,

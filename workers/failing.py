@@ -7,6 +7,8 @@ entry's failure and goes through as the InfrastructureError that it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import structlog
 
 from contracts.codec import Entry, decode_carrier, encode_carrier, state_from_bytes
@@ -20,7 +22,7 @@ from contracts.failures import (
     problem_document,
 )
 from contracts.messages import ladder_message, parked_message, rejection_message
-from contracts.ports import Clock, Delivery, Telemetry
+from contracts.ports import Clock, DeadLetter, Delivery, Telemetry
 from contracts.state import EventState
 from contracts.telemetry import FAILURES, PARKED, RETRIES, Measurement, Metric
 from contracts.topology import STAGES, Stage
@@ -29,17 +31,32 @@ from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park
 
 log = structlog.get_logger("runner")
 
+Parked = Callable[[DeadLetter], None]
+
+
+def unheard(_: DeadLetter) -> None:
+    """Nobody listens to parks."""
+
 
 class Failures:
     """The failures of one stage's entries."""
 
-    def __init__(self, stage: Stage, retry: RetryPolicy, partitions: int, telemetry: Telemetry, clock: Clock) -> None:
-        """`partitions` is the number of queues of the stage."""
+    def __init__(
+        self,
+        stage: Stage,
+        retry: RetryPolicy,
+        partitions: int,
+        telemetry: Telemetry,
+        clock: Clock,
+        parked: Parked = unheard,
+    ) -> None:
+        """`partitions` is the number of queues of the stage; `parked` hears of every park."""
         self._stage = stage
         self._retry = retry
         self._partitions = partitions
         self._telemetry = telemetry
         self._clock = clock
+        self._parked = parked
 
     def unpack(self, delivery: Delivery, wave: Wave) -> list[Entry]:
         """The entries of a carrier. What cannot be read is parked: a carrier whole, an entry alone."""
@@ -133,6 +150,7 @@ class Failures:
         wave.messages.append(parked_message(verdict.letter, self._stage))
         wave.records.append(verdict.record)
         self._measure(PARKED, verdict.letter.category)
+        self._parked(verdict.letter)
 
     def _measure(self, metric: Metric, category: str) -> None:
         self._telemetry.record(Measurement(metric, 1.0, {"stage": self._stage, "category": category}))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from governance.postgres.approvals import Approvals
     from governance.postgres.gate import RegistryGate
     from governance.postgres.looking import Looking
+    from governance.postgres.pauses import PostgresPauses
     from governance.postgres.people import People
 
 SHARED: Final = "_shared"
@@ -42,6 +43,7 @@ class Desk:
     people: People
     approvals: Approvals
     looking: Looking
+    pauses: PostgresPauses
     telemetry: Telemetry
     clock: Clock
     committed: Callable[[], None]

@@ -94,7 +94,7 @@ class Surface:
             "model": "m",
             "event_id": "0" * 32,
         }
-        values |= {"user": "somebody", "key": "rfk_000000000000", "letter_id": "x"}
+        values |= {"user": "somebody", "key": "rfk_000000000000", "letter_id": "x", "place": "doors"}
         for name, value in values.items():
             path = path.replace(f"{{{name}}}", value)
         assert "{" not in path, f"give the matrix a value for {path}"
@@ -115,6 +115,7 @@ def control() -> tuple[Surface, Behind, Tenants]:
         people=behind,  # type: ignore[arg-type]
         approvals=behind,  # type: ignore[arg-type]
         looking=behind,  # type: ignore[arg-type]
+        pauses=behind,  # type: ignore[arg-type]
         telemetry=RecordingTelemetry(),
         clock=SteppingClock(),
         committed=lambda: None,
@@ -133,8 +134,8 @@ def seen(response: httpx.Response) -> str:
 
 
 def knows_shared(operation: Operation) -> bool:
-    """Whether a call of the operator API knows what holds for the whole installation: registry and halts."""
-    return "/registry" in operation.path or "/halts" in operation.path
+    """Whether a call of the operator API knows what holds for the whole installation: registry, halts, pauses."""
+    return any(room in operation.path for room in ("/registry", "/halts", "/pauses"))
 
 
 @pytest.fixture

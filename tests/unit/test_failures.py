@@ -39,6 +39,8 @@ NAMED = {
     "NotKnownError": 404,
     "ConflictError": 409,
     "LimitExceededError": 429,
+    "TenantPausedError": 503,
+    "StagePausedError": 503,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,
     "QueueFullError": 503,

@@ -154,7 +154,7 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
             k.telemetry,
             k.clock,
             k.ids,
-            gate.parked,
+            gate,
         )
         policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
         runner = StageRunner(stage, ports, settings.partitions, policy)

@@ -1,7 +1,7 @@
 """Parks as a signal: a failure that several tenants meet is the fleet's, many failures of one tenant are its own.
 
 Promises: one fingerprint parked often enough in at least two tenants stops whoever asks, for a time that grows with
-each relapse; after it everything passes, and the first park of that fingerprint stops it again; what went through
+each relapse; after it one try passes, and the first failure of that fingerprint stops it again; a try
 without one ends it. A park that is told twice counts once. Pure: policy frozen, state a value, time an argument.
 Pauses nothing by itself, and knows only what this process parked.
 """
@@ -63,7 +63,7 @@ def parked(state: StageParks, policy: ParkPolicy, letter: DeadLetter, now: float
     if letter.scope is None or letter.category == Category.VALIDATION_ERROR or blocked_s(state, now):
         return state
     if state.broken_by:
-        return _broken(state, policy, now) if letter.fingerprint == state.broken_by else state
+        return failed(state, policy, letter.fingerprint, now)
     if any(park.letter_id == letter.letter_id for park in state.recent):
         return state
     park = Park(now, letter.letter_id, letter.fingerprint, letter.scope.tenant_id)
@@ -72,6 +72,12 @@ def parked(state: StageParks, policy: ParkPolicy, letter: DeadLetter, now: float
     if len(alike) < policy.stage_parks or len({each.tenant for each in alike}) < policy.tenants:
         return replace(state, recent=recent)
     return _broken(replace(state, broken_by=park.fingerprint), policy, now)
+
+
+def failed(state: StageParks, policy: ParkPolicy, fingerprint: str, now: float) -> StageParks:
+    """The state after any failure, be its entry tried again or parked: it ends a try of what paused the stage."""
+    relapsed = state.broken_by == fingerprint and not blocked_s(state, now)
+    return _broken(state, policy, now) if relapsed else state
 
 
 def passed(state: StageParks, now: float) -> StageParks:

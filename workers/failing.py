@@ -7,7 +7,7 @@ entry's failure and goes through as the InfrastructureError that it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
@@ -19,6 +19,7 @@ from contracts.failures import (
     RiskfleetError,
     UndecodableEntryError,
     classify,
+    fingerprint,
     problem_document,
 )
 from contracts.messages import ladder_message, parked_message, rejection_message
@@ -31,11 +32,17 @@ from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park
 
 log = structlog.get_logger("runner")
 
-Parked = Callable[[DeadLetter], None]
 
+class Listener(Protocol):
+    """Hears of what fails."""
 
-def unheard(_: DeadLetter) -> None:
-    """Nobody listens to parks."""
+    def failed(self, fingerprint: str) -> None:
+        """An entry failed and will be tried again."""
+        ...
+
+    def parked(self, letter: DeadLetter) -> None:
+        """An entry was parked; may be told twice of one letter."""
+        ...
 
 
 class Failures:
@@ -48,15 +55,15 @@ class Failures:
         partitions: int,
         telemetry: Telemetry,
         clock: Clock,
-        parked: Parked = unheard,
+        listener: Listener | None = None,
     ) -> None:
-        """`partitions` is the number of queues of the stage; `parked` hears of every park."""
+        """`partitions` is the number of queues of the stage; `listener` hears of every failure."""
         self._stage = stage
         self._retry = retry
         self._partitions = partitions
         self._telemetry = telemetry
         self._clock = clock
-        self._parked = parked
+        self._listener = listener
 
     def unpack(self, delivery: Delivery, wave: Wave) -> list[Entry]:
         """The entries of a carrier. What cannot be read is parked: a carrier whole, an entry alone."""
@@ -118,6 +125,8 @@ class Failures:
         if isinstance(verdict, Retry):
             wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._partitions))
             self._measure(RETRIES, category)
+            if self._listener is not None:
+                self._listener.failed(fingerprint(error))
         else:
             self.park(verdict, wave)
 
@@ -150,7 +159,8 @@ class Failures:
         wave.messages.append(parked_message(verdict.letter, self._stage))
         wave.records.append(verdict.record)
         self._measure(PARKED, verdict.letter.category)
-        self._parked(verdict.letter)
+        if self._listener is not None:
+            self._listener.parked(verdict.letter)
 
     def _measure(self, metric: Metric, category: str) -> None:
         self._telemetry.record(Measurement(metric, 1.0, {"stage": self._stage, "category": category}))

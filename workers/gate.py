@@ -16,7 +16,7 @@ from contracts.ports import Clock, DeadLetter, Delivery, Pauses, Telemetry
 from contracts.settlement import Ack, Settlement
 from contracts.telemetry import PARK_BREAKS, Measurement
 from contracts.topology import Stage
-from resilience.parks import ParkPolicy, StageParks, blocked_s, parked, passed
+from resilience.parks import ParkPolicy, StageParks, blocked_s, failed, parked, passed
 
 log = structlog.get_logger("gate")
 
@@ -37,11 +37,19 @@ class StageGate:
         self._policy = policy or ParkPolicy()
         self._parks = StageParks()
 
+    def failed(self, fingerprint: str) -> None:
+        """Hear of a failure whose entry will be tried again."""
+        now = self._clock.monotonic()
+        self._become(failed(self._parks, self._policy, fingerprint, now), now)
+
     def parked(self, letter: DeadLetter) -> None:
-        """Hear of a park of this stage."""
-        before, now = self._parks, self._clock.monotonic()
-        self._parks = parked(before, self._policy, letter, now)
-        if self._parks.breaks > before.breaks:
+        """Hear of a park."""
+        now = self._clock.monotonic()
+        self._become(parked(self._parks, self._policy, letter, now), now)
+
+    def _become(self, state: StageParks, now: float) -> None:
+        before, self._parks = self._parks, state
+        if state.breaks > before.breaks:
             seconds = round(blocked_s(self._parks, now))
             log.error("stage.park_breaker", stage=self._stage, fingerprint=self._parks.broken_by, seconds=seconds)
             self._telemetry.record(Measurement(PARK_BREAKS, 1.0, {"what": str(self._stage)}))

@@ -846,6 +846,7 @@ async def door(room: Room) -> AsyncIterator[tuple[httpx.AsyncClient, Counter]]:
         people=cast("Any", None),
         approvals=room.approvals,
         looking=Looking(room.engine),
+        pauses=cast("Any", None),
         telemetry=room.telemetry,
         clock=room.clock,
         committed=committed,

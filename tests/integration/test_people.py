@@ -748,6 +748,7 @@ def the_app(house: House) -> Starlette:
         people=house.people,
         approvals=nothing,
         looking=nothing,
+        pauses=nothing,
         telemetry=RecordingTelemetry(),
         clock=house.clock,
         committed=lambda: None,

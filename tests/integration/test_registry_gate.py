@@ -531,6 +531,7 @@ async def office(gate: RegistryGate, scope: TenantScope) -> AsyncIterator[Office
         people=nothing,
         approvals=nothing,
         looking=nothing,
+        pauses=nothing,
         telemetry=telemetry,
         clock=SystemClock(),
         committed=lambda: committed.append("committed"),

@@ -70,7 +70,7 @@ def resume(reason: Reason, tenant: Tenant = None, stage: InStage = None) -> None
 
 def _path(tenant: str | None, stage: Stage | None) -> str:
     if (tenant is None) == (stage is None):
-        raise SettingsError("pause what? give --tenant or --stage, one of them")
+        raise SettingsError("which one? give --tenant or --stage, not both")
     if stage is not None:
         return f"/ops/v1/tenants/_shared/pauses/{stage.value}"
     return f"/ops/v1/tenants/{quote(str(tenant), safe='')}/pauses/doors"

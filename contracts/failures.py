@@ -168,6 +168,15 @@ class UndecidedLimitError(LimitExceededError):
     """The tenant has as many events under way as it may; repeat after Retry-After: decisions make room."""
 
 
+class TenantPausedError(RiskfleetError):
+    """Nothing of this tenant is taken in for now: somebody paused it, or too much of it failed; repeat later."""
+
+    def __init__(self, detail: str = "", *, retry_after_s: int = 30) -> None:
+        """`retry_after_s`: when it is worth asking again."""
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
 class InfrastructureError(RiskfleetError):
     """A server that riskfleet depends on does not answer."""
 
@@ -186,6 +195,10 @@ class StateStoreError(InfrastructureError):
 
 class DatabaseError(InfrastructureError):
     """PostgreSQL does not answer in time."""
+
+
+class StagePausedError(InfrastructureError):
+    """The stage is paused, by a person or by its park breaker; its entries wait."""
 
 
 class UnexpectedError(RiskfleetError):
@@ -218,6 +231,7 @@ FAILURES: dict[type[RiskfleetError], FailureRow] = {
     LimitExceededError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "limit-exceeded"),
     DependencyUnavailableError: FailureRow(_C.INFRA_ERROR, _S.WARNING, _D.RETRY, 503, "dependency-unavailable"),
     UndecidedLimitError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "too-many-undecided"),
+    TenantPausedError: FailureRow(_C.WORKFLOW_ERROR, _S.WARNING, _D.REFUSE, 503, "tenant-paused"),
     InfrastructureError: FailureRow(_C.INFRA_ERROR, _S.ERROR, _D.PAUSE, 503, "not-known-to-be-accepted"),
     UnexpectedError: FailureRow(_C.UNEXPECTED_ERROR, _S.ERROR, _D.RETRY, 500, "unexpected"),
     RiskfleetError: FailureRow(_C.UNEXPECTED_ERROR, _S.ERROR, _D.RETRY, 500, "unexpected"),

@@ -397,6 +397,29 @@ class Registry(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class PauseNotice:
+    """Why something is paused, and in how many seconds that ends by itself; None: when somebody resumes it."""
+
+    reason: str
+    seconds: float | None = None
+
+
+class Pauses(Protocol):
+    """What is paused now: stages of the fleet, and tenants at the doors. At most 2 s old.
+
+    A server that does not answer leaves the last answer in force: it cannot have taken a new command either.
+    """
+
+    async def doors(self, scopes: Sequence[TenantScope]) -> Sequence[PauseNotice | None]:
+        """Whether each tenant is paused at the doors."""
+        ...
+
+    async def stage(self, stage: str) -> PauseNotice | None:
+        """Whether a stage is paused."""
+        ...
+
+
 class AuditLog(Protocol):
     """The per-tenant hash chain."""
 

@@ -56,6 +56,7 @@ APPROVALS_CLOSED = Metric("riskfleet_approvals_closed_total", _C, "Approvals clo
 APPROVAL_SECONDS = Metric("riskfleet_approval_dwell_seconds", _H, "Time from opening to closing an approval.", ())
 OUTBOX = Metric("riskfleet_outbox_published_total", _C, "Outbox messages published by result.", ("result",))
 TRANSITIONS = Metric("riskfleet_registry_transitions_total", _C, "Registry transitions.", ("kind", "to"))
+PARK_BREAKS = Metric("riskfleet_park_breaks_total", _C, "Pauses made by parks: of a stage or a tenant.", ("what",))
 LOGINS = Metric("riskfleet_logins_total", _C, "Logins by result.", ("result",))
 OPERATOR_CALLS = Metric("riskfleet_operator_calls_total", _C, "Operator API calls.", ("call", "result"))
 LIMITER_REFUSALS = Metric("riskfleet_limiter_refusals_total", _C, "Takes above a rate.", ("limit", "tenant"))
@@ -91,6 +92,7 @@ METRICS: Mapping[str, Metric] = {
         APPROVAL_SECONDS,
         OUTBOX,
         TRANSITIONS,
+        PARK_BREAKS,
         LOGINS,
         OPERATOR_CALLS,
         LIMITER_REFUSALS,

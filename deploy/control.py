@@ -14,7 +14,7 @@ from deploy import keys
 from deploy.credentials import authenticator, token_issuer
 from deploy.settings import Settings
 from deploy.stopping import stop_signal
-from deploy.wiring import Kit, background, health_door, kit, registry
+from deploy.wiring import Kit, background, health_door, kit, pauses, registry
 from gateway.control.app import create_control
 from gateway.control.desk import Desk
 from gateway.health import CollectorRegistry, serve
@@ -81,6 +81,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         looking=Looking(k.engine, k.state_store),
         letters=PostgresLetterDesk(k.engine, k.clock, k.ids, settings.partitions),
         redecider=StageSimulator(StagePorts(PostgresLedger(k.engine), registry(k)), k.clock, k.ids, _DRY_RUNS),
+        pauses=pauses(k),
         telemetry=k.telemetry,
         clock=k.clock,
         committed=relay.wake,

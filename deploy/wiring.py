@@ -36,13 +36,14 @@ from deploy.stopping import stop_signal
 from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.postgres import engine as pg
-from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher, RabbitReplies
+from resilience.rabbit import ConsumerPolicy, Handler, Probe, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
 from workers.telemetry import QueueTelemetry
 
 if TYPE_CHECKING:
     from gateway.intake import Intake
     from governance.postgres import AsyncEngine, PostgresDirectory, PostgresLedger, PostgresRegistry
+    from governance.postgres.pauses import PostgresPauses
 
 log = structlog.get_logger("role")
 
@@ -134,11 +135,13 @@ def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any
 async def run_worker(settings: Settings, stage: Stage) -> None:
     """One stage's worker over all partitions, until SIGTERM or SIGINT."""
     from governance.postgres.ledger import PostgresLedger
+    from workers.gate import StageGate
     from workers.runner import RunnerPolicy, RunnerPorts, StageRunner
     from workers.settling import RetryPolicy
     from workers.stages import StagePorts
 
     async with kit(settings, stage) as k:
+        gate = StageGate(stage, pauses(k), k.telemetry, k.clock)
         ledger = PostgresLedger(k.engine)
         ports = RunnerPorts(
             k.state_store,
@@ -148,11 +151,12 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
             k.telemetry,
             k.clock,
             k.ids,
+            gate,
         )
         policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
         runner = StageRunner(stage, ports, settings.partitions, policy)
         queues = [stage_queue(stage, p) for p in range(settings.partitions)]
-        await _consume(k, stage, [(queues, runner.handle)])
+        await _consume(k, stage, [(queues, gate.through(runner.handle))], gate=gate.check)
 
 
 def registry(k: Kit) -> PostgresRegistry:
@@ -161,6 +165,13 @@ def registry(k: Kit) -> PostgresRegistry:
     from governance.postgres.registry import PostgresRegistry
 
     return PostgresRegistry(k.engine, k.clock, keys.artifact_verifier(k.settings))
+
+
+def pauses(k: Kit) -> PostgresPauses:
+    """What is paused, as this process reads it."""
+    from governance.postgres.pauses import PostgresPauses
+
+    return PostgresPauses(k.engine, k.clock, k.settings.partitions)
 
 
 async def run_sink(settings: Settings, sink: str) -> None:
@@ -183,9 +194,10 @@ async def run_sink(settings: Settings, sink: str) -> None:
             from governance.postgres.ledger import PostgresLedger
             from workers.sinks.delivery import DeliverySink
             from workers.sinks.labels import LabelsSink
-            from workers.sinks.parking import ParkingSink
+            from workers.sinks.parking import ParkingSink, TenantBrake
 
-            letters = ParkingSink(PostgresDeadLetters(k.engine, k.clock), k.clock)
+            brake = TenantBrake(pauses(k).trip, k.telemetry, k.clock)
+            letters = ParkingSink(PostgresDeadLetters(k.engine, k.clock), k.clock, brake)
             labels = LabelsSink(PostgresLabelBook(k.engine), k.publisher, k.telemetry, k.clock)
             parts = [
                 ([parked_queue(source) for source in PARKED_SOURCES], letters.handle),
@@ -229,6 +241,7 @@ async def run_gateway(settings: Settings) -> None:
                 labels=LabelDesk(k.publisher, k.telemetry, k.clock, refusals),
                 simulator=_simulator(k, ledger),
                 waiting=Waiting(replies, ledger, k.clock, stopping=stop),
+                pauses=pauses(k),
             )
             door = health_door(k, CollectorRegistry(), lambda: None)
             app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
@@ -257,12 +270,14 @@ async def run_ingress(settings: Settings) -> None:
     async with kit(settings, "ingress") as k:
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
         refusals, intake = _doors(k, PostgresLedger(k.engine), directory)
-        labels = LabelDesk(k.publisher, k.telemetry, k.clock, refusals)
-        ingress = Ingress(intake, labels, directory, k.publisher, refusals, k.clock, k.ids)
+        labels, standing = LabelDesk(k.publisher, k.telemetry, k.clock, refusals), pauses(k)
+        ingress = Ingress(intake, labels, directory, k.publisher, refusals, k.clock, k.ids, standing)
         consumer = _consumer(k, [UNROUTED], ingress.handle)
         stop = stop_signal()
         await consumer.start()
-        async with background(k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory), consumer.join()):
+        async with background(
+            k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory, standing), consumer.join()
+        ):
             door = health_door(k, CollectorRegistry(), lambda: consumer.paused_reason)
             await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
             await consumer.stop()
@@ -278,28 +293,47 @@ def _doors(k: Kit, ledger: PostgresLedger, directory: PostgresDirectory) -> tupl
     return refusals, Intake(ports, refusals, k.settings.partitions)
 
 
-async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory) -> None:
-    """Take up the queues of new tenants; a tenant is served within seconds of its making."""
+async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory, standing: PostgresPauses) -> None:
+    """Take up the queues of new tenants, within seconds of their making, and leave those of paused ones alone.
+
+    What such a queue delivered before is held by the door; anything more would only travel to and fro.
+    """
     while True:
         with contextlib.suppress(InfrastructureError):
-            for profile in await directory.tenants():
-                if profile.broker_user is not None:
-                    await consumer.add_queue(profile.scope.ingest_queue)
+            scopes = [profile.scope for profile in await directory.tenants() if profile.broker_user is not None]
+            for scope, notice in zip(scopes, await standing.doors(scopes), strict=True):
+                change = consumer.add_queue if notice is None else consumer.drop_queue
+                await change(scope.ingest_queue)
         await asyncio.sleep(_DISCOVERY_S)
 
 
-def _consumer(k: Kit, queues: Sequence[str], handler: Handler, policy: ConsumerPolicy | None = None) -> RabbitConsumer:
+def _consumer(
+    k: Kit, queues: Sequence[str], handler: Handler, policy: ConsumerPolicy | None = None, probe: Probe | None = None
+) -> RabbitConsumer:
     policy = policy or ConsumerPolicy(k.settings.prefetch, k.settings.group)
-    return RabbitConsumer(k.settings.need("rabbitmq_url"), queues, handler, k.probe, policy)
+    return RabbitConsumer(k.settings.need("rabbitmq_url"), queues, handler, probe or k.probe, policy)
 
 
 async def _consume(
-    k: Kit, role: str, parts: Sequence[tuple[Sequence[str], Handler]], measured: CollectorRegistry | None = None
+    k: Kit,
+    role: str,
+    parts: Sequence[tuple[Sequence[str], Handler]],
+    measured: CollectorRegistry | None = None,
+    gate: Probe | None = None,
 ) -> None:
-    """Beat, consume and answer health until told to stop; then finish the groups in hand."""
+    """Beat, consume and answer health until told to stop; then finish the groups in hand.
+
+    `gate` raises while the role is paused on purpose: it then waits, and is not ready, as when a server is away.
+    """
+
+    async def probe() -> None:
+        await k.probe()
+        if gate is not None:
+            await gate()
+
     await k.state_store.beat()
     sink = ConsumerPolicy(_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S) if role.startswith("sink-") else None
-    consumers = [_consumer(k, queues, handler, sink) for queues, handler in parts]
+    consumers = [_consumer(k, queues, handler, sink, probe) for queues, handler in parts]
     stop = stop_signal()
     for consumer in consumers:
         await consumer.start()
@@ -309,18 +343,20 @@ async def _consume(
         def paused() -> str | None:
             return next((consumer.paused_reason for consumer in consumers if consumer.paused_reason), None)
 
-        door = health_door(k, measured or CollectorRegistry(), paused)
+        door = health_door(k, measured or CollectorRegistry(), paused, probe)
         await serve(health_app(door), k.settings.health_host, k.settings.health_port, stop=stop)
         # Together, and while the heart still beats: what is being finished belongs to a living process.
         await asyncio.gather(*(consumer.stop() for consumer in consumers))
 
 
-def health_door(k: Kit, measured: CollectorRegistry, paused: Callable[[], str | None]) -> HealthDoor:
-    """Health of a role: its three servers answer, and it is not paused."""
+def health_door(
+    k: Kit, measured: CollectorRegistry, paused: Callable[[], str | None], probe: Probe | None = None
+) -> HealthDoor:
+    """Health of a role: its three servers answer, and it is not paused. `probe` asks for more than the servers."""
 
     async def check() -> HealthReport:
         try:
-            await k.probe()
+            await (probe or k.probe)()
         except InfrastructureError as error:
             return HealthReport(False, (error.detail,))
         reason = paused()

@@ -20,7 +20,7 @@ from contracts.identity import Permission
 from contracts.labels import LabelBody
 from contracts.messages import JSON
 from contracts.outcomes import Decision
-from contracts.ports import Credentials, DecisionFeed, Directory, Ids, Ledger, Simulator, StateStore
+from contracts.ports import Credentials, DecisionFeed, Directory, Ids, Ledger, Pauses, Simulator, StateStore
 from gateway.calls import Answer, Call, Parameter, Schema, openapi, routes
 from gateway.cloudevents import BATCH, STRUCTURED
 from gateway.documents import API_VERSION, document_bytes, document_calls
@@ -64,6 +64,7 @@ class HttpPorts:
     labels: LabelDesk | None = None
     simulator: Simulator | None = None
     waiting: Waiting | None = None
+    pauses: Pauses | None = None
 
 
 def create_app(
@@ -79,7 +80,7 @@ def ingest_calls(
     """Every call that these parts make possible, the documents of these very calls included."""
     submitting = Submitting(
         intake,
-        SubmittingPorts(ports.credentials, ports.ids, ports.waiting, ports.labels, ports.simulator),
+        SubmittingPorts(ports.credentials, ports.ids, ports.waiting, ports.labels, ports.simulator, ports.pauses),
         refusals,
     )
     reading = Reading(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Final, Literal
 
@@ -36,7 +37,7 @@ from contracts.failures import (
     problem_document,
 )
 from contracts.messages import arrived, decision_message, delivery_message, parked_message, rejection_message
-from contracts.ports import Clock, Confirm, DeadLetter, Delivery, Directory, Ids, Message, Publisher
+from contracts.ports import Clock, Confirm, DeadLetter, Delivery, Directory, Ids, Message, Pauses, Publisher
 from contracts.settlement import Ack, Hold, Pause, Settlement
 from contracts.telemetry import bind_correlation, current_correlation
 from contracts.tenancy import TenantScope
@@ -57,6 +58,7 @@ _DELIVERY_WAIT_MS: Final = 1_000
 _UNDECIDED_WAIT_S: Final = 1.0
 _AUDIT_WAIT_S: Final = 0.5
 _FULL_WAIT_S: Final = 2.0
+_PAUSED_WAIT_S: Final = 2.0
 _MOST_UNAUDITED: Final = 10_000
 
 Verdict = Admission | LabelAdmission | Refusal
@@ -74,6 +76,7 @@ class Ingress:
         refusals: RefusalLog,
         clock: Clock,
         ids: Ids,
+        pauses: Pauses | None = None,
     ) -> None:
         self._intake = intake
         self._labels = labels
@@ -82,25 +85,38 @@ class Ingress:
         self._refusals = refusals
         self._clock = clock
         self._ids = ids
+        self._pauses = pauses
         self._unaudited: dict[int, tuple[Delivery, datetime]] = {}
 
     async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
         """One settlement per delivery, in order. Pause means: a server does not answer, nothing was lost.
 
-        Hold means that this delivery alone waits: its tenant's partition is full, or its refusal is not audited yet.
+        Hold means that this delivery alone waits: its tenant is paused, its tenant's partition is full, or its refusal
+        is not audited yet.
         """
         try:
             profiles = await self._directory.tenants()
+            paused = await self._paused([profile.scope for profile in profiles if profile.broker_user])
         except InfrastructureError as error:
             return [Pause(error.detail)] * len(deliveries)
         users = {profile.broker_user: profile.scope for profile in profiles if profile.broker_user}
-        return await asyncio.gather(*(self._settle(delivery, users) for delivery in deliveries))
+        return await asyncio.gather(*(self._settle(delivery, users, paused) for delivery in deliveries))
 
-    async def _settle(self, delivery: Delivery, users: Mapping[str, TenantScope]) -> Settlement:
+    async def _paused(self, scopes: Sequence[TenantScope]) -> AbstractSet[TenantScope]:
+        if self._pauses is None:
+            return frozenset()
+        notices = await self._pauses.doors(scopes)
+        return {scope for scope, notice in zip(scopes, notices, strict=True) if notice is not None}
+
+    async def _settle(
+        self, delivery: Delivery, users: Mapping[str, TenantScope], paused: AbstractSet[TenantScope]
+    ) -> Settlement:
         waiting = self._unaudited.get(id(delivery))
         if waiting is not None and waiting[0] is delivery:  # answered already, and given again as the same object
             return self._once_audited(*waiting)
         scope = users.get(delivery.user_id) if delivery.user_id else None
+        if scope in paused:  # before anything is looked at: no try is counted
+            return Hold("the tenant is paused", _PAUSED_WAIT_S)
         with bind_correlation(correlation_of(delivery.correlation_id, _traceparent(delivery), self._ids)):
             try:
                 if delivered_too_often(delivery):

@@ -1,12 +1,13 @@
 """What the HTTP door takes in: single events, batches, labels, and events that are only tried out.
 
 Promises: one answer per item of a batch, in order, whatever its neighbours are; a caller that prefers to wait gets its
-decision, or 202 at the deadline; a refusal is counted, and audited once its sender is known. What an event is, and
-whether it is accepted, `Intake` says.
+decision, or 202 at the deadline; a refusal is counted, and audited once its sender is known; no event of a paused
+tenant is taken in. What an event is, and whether it is accepted, `Intake` says.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -22,6 +23,7 @@ from contracts.failures import (
     InvalidMetadataError,
     RiskfleetError,
     TenantIsolationError,
+    TenantPausedError,
     UnsupportedMediaTypeError,
     classify,
     problem_document,
@@ -30,7 +32,7 @@ from contracts.identity import Permission
 from contracts.lifecycle import Status
 from contracts.messages import JSON
 from contracts.outcomes import STATUS_OF, Decision, Outcome
-from contracts.ports import Credentials, Ids, Simulator
+from contracts.ports import Credentials, Ids, Pauses, Simulator
 from contracts.telemetry import current_correlation
 from contracts.tenancy import TenantScope
 from gateway.batch import MAX_BATCH_BYTES, split_csv, split_json_array, split_ndjson
@@ -56,6 +58,8 @@ NDJSON: Final = "application/x-ndjson"
 CSV: Final = "text/csv"
 REPLAYED: Final = "Idempotency-Replayed"
 APPLIED: Final = "Preference-Applied"
+_PAUSED_RETRY_S: Final = 30
+"""When a sender asks again while nobody knows how long its tenant is paused."""
 
 _ANSWER = ConfigDict(frozen=True, extra="forbid")
 
@@ -112,6 +116,7 @@ class SubmittingPorts:
     waiting: Waiting | None
     labels: LabelDesk | None
     simulator: Simulator | None
+    pauses: Pauses | None = None
 
 
 class Submitting:
@@ -139,6 +144,7 @@ class Submitting:
         scope: TenantScope | None = None
         try:
             scope = await tenant_of(request, self._ports.credentials, Permission.EVENTS_SUBMIT)
+            await self._check_paused(scope)
             template = _template(request, scope, _kind(request))
             items = await _items(request)
             template = replace(template, structured=media_type(request) == BATCH)
@@ -186,6 +192,7 @@ class Submitting:
         scope: TenantScope | None = None
         try:
             scope = await tenant_of(request, self._ports.credentials, Permission.EVENTS_SUBMIT)
+            await self._check_paused(scope)
             submission = await _filled(request, _template(request, scope, kind))
         except RiskfleetError as error:
             # Before authentication: metric and log only, or strangers could write the audit full.
@@ -195,6 +202,15 @@ class Submitting:
         if seconds is not None and self._ports.waiting is not None:
             return await self._waited(request, submission, seconds, self._ports.waiting)
         return _answered(request, await self._intake.admit(submission))
+
+    async def _check_paused(self, scope: TenantScope) -> None:
+        """Raise TenantPausedError while the tenant is paused; the operator's words are not for the tenant."""
+        if self._ports.pauses is None:
+            return
+        (notice,) = await self._ports.pauses.doors([scope])
+        if notice is not None:
+            seconds = _PAUSED_RETRY_S if notice.seconds is None else max(math.ceil(notice.seconds), 1)
+            raise TenantPausedError(retry_after_s=seconds)
 
     async def _waited(self, request: Request, submission: Submission, seconds: int, waiting: Waiting) -> Response:
         foreseen = self._foreseen(submission)

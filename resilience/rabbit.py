@@ -27,7 +27,7 @@ from faststream.rabbit import Channel, RabbitBroker, RabbitQueue
 from faststream.rabbit.annotations import RabbitMessage
 from pamqp.commands import Basic
 
-from contracts.failures import InfrastructureError, MessagingFailureError
+from contracts.failures import InfrastructureError, MessagingFailureError, StagePausedError
 from contracts.ports import Confirm, Delivery, Message
 from contracts.settlement import Ack, Hold, Pause, Settlement
 from contracts.topology import reply_queue
@@ -199,6 +199,7 @@ class RabbitConsumer:
         self._policy = policy
         self._waiting: asyncio.Queue[_Held] = asyncio.Queue()
         self._seen: OrderedDict[str, None] = OrderedDict()
+        self._subscribers: dict[str, Any] = {}
         self._broker: RabbitBroker | None = None
         self._loop: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -218,8 +219,7 @@ class RabbitConsumer:
                 self._lost.set()
 
         broker = _consuming(self._url, self._policy.prefetch, lost)
-        for queue in self._queues:
-            self._attach(broker, queue)
+        self._subscribers = {queue: self._attach(broker, queue) for queue in self._queues}
         await _start(broker)
         self._broker = broker
 
@@ -261,10 +261,23 @@ class RabbitConsumer:
             return
         try:
             async with asyncio.timeout(_START_S):
-                await self._attach(broker, queue).start()
+                subscriber = self._attach(broker, queue)
+                await subscriber.start()
         except _CLIENT_ERRORS as error:
             raise MessagingFailureError(f"cannot consume {queue} yet ({type(error).__name__})") from error
         self._queues.append(queue)
+        self._subscribers[queue] = subscriber
+
+    async def drop_queue(self, queue: str) -> None:
+        """Take nothing more from a queue until it is added again; what it delivered already is worked on."""
+        if queue not in self._queues:
+            return
+        self._queues.remove(queue)
+        subscriber = self._subscribers.pop(queue, None)
+        if subscriber is not None and self._broker is not None:
+            with contextlib.suppress(*_CLIENT_ERRORS):  # a lost connection takes the subscription with it
+                async with asyncio.timeout(_START_S):
+                    await subscriber.stop()
 
     def _delivery(self, queue: str, message: RabbitMessage) -> Delivery:
         raw = message.raw_message
@@ -294,7 +307,7 @@ class RabbitConsumer:
                 try:
                     settled = await self._handler([held.delivery for held in group])
                 except InfrastructureError as error:
-                    settled = [Pause(type(error).__name__)] * len(group)
+                    settled = [Pause(_why(error))] * len(group)
                 except Exception as error:  # a defect of the handler must not end the consumer: try again, paused
                     log.exception("consumer.defect", exception_class=type(error).__name__)
                     settled = [Pause("defect")] * len(group)
@@ -358,7 +371,7 @@ class RabbitConsumer:
                     await self._subscribe()
                 break
             except InfrastructureError as error:
-                self.paused_reason = type(error).__name__
+                self.paused_reason = _why(error)
             if not returned and clock.time() - began > self._policy.pause.return_after_s:
                 returned = True
                 await self._give_back()
@@ -521,6 +534,11 @@ def _is_current(held: _Held) -> bool:
         return not held.message.raw_message.channel.is_closed
     except _CLIENT_ERRORS:  # asking a closed channel for anything raises
         return False
+
+
+def _why(error: InfrastructureError) -> str:
+    """A server by the class of its error; a stage that somebody paused by what was said."""
+    return error.detail if isinstance(error, StagePausedError) else type(error).__name__
 
 
 async def _ack(held: _Held) -> None:

@@ -7,6 +7,8 @@ entry's failure and goes through as the InfrastructureError that it is.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import structlog
 
 from contracts.codec import Entry, decode_carrier, encode_carrier, state_from_bytes
@@ -17,10 +19,11 @@ from contracts.failures import (
     RiskfleetError,
     UndecodableEntryError,
     classify,
+    fingerprint,
     problem_document,
 )
 from contracts.messages import ladder_message, parked_message, rejection_message
-from contracts.ports import Clock, Delivery, Telemetry
+from contracts.ports import Clock, DeadLetter, Delivery, Telemetry
 from contracts.state import EventState
 from contracts.telemetry import FAILURES, PARKED, RETRIES, Measurement, Metric
 from contracts.topology import STAGES, Stage
@@ -30,16 +33,37 @@ from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park
 log = structlog.get_logger("runner")
 
 
+class Listener(Protocol):
+    """Hears of what fails."""
+
+    def failed(self, fingerprint: str) -> None:
+        """An entry failed and will be tried again."""
+        ...
+
+    def parked(self, letter: DeadLetter) -> None:
+        """An entry was parked; may be told twice of one letter."""
+        ...
+
+
 class Failures:
     """The failures of one stage's entries."""
 
-    def __init__(self, stage: Stage, retry: RetryPolicy, partitions: int, telemetry: Telemetry, clock: Clock) -> None:
-        """`partitions` is the number of queues of the stage."""
+    def __init__(
+        self,
+        stage: Stage,
+        retry: RetryPolicy,
+        partitions: int,
+        telemetry: Telemetry,
+        clock: Clock,
+        listener: Listener | None = None,
+    ) -> None:
+        """`partitions` is the number of queues of the stage; `listener` hears of every failure."""
         self._stage = stage
         self._retry = retry
         self._partitions = partitions
         self._telemetry = telemetry
         self._clock = clock
+        self._listener = listener
 
     def unpack(self, delivery: Delivery, wave: Wave) -> list[Entry]:
         """The entries of a carrier. What cannot be read is parked: a carrier whole, an entry alone."""
@@ -106,6 +130,8 @@ class Failures:
         if isinstance(verdict, Retry):
             wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._partitions))
             self._measure(RETRIES, category)
+            if self._listener is not None:
+                self._listener.failed(fingerprint(error))
         else:
             self.park(verdict, wave)
             wave.leave(entry)
@@ -141,6 +167,8 @@ class Failures:
         wave.messages.append(parked_message(verdict.letter, self._stage))
         wave.records.append(verdict.record)
         self._measure(PARKED, verdict.letter.category)
+        if self._listener is not None:
+            self._listener.parked(verdict.letter)
 
     def _measure(self, metric: Metric, category: str) -> None:
         self._telemetry.record(Measurement(metric, 1.0, {"stage": self._stage, "category": category}))

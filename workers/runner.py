@@ -55,7 +55,7 @@ from contracts.telemetry import (
     Metric,
 )
 from contracts.topology import STAGES, Stage
-from workers.failing import Failures
+from workers.failing import Failures, Listener
 from workers.outgoing import Outgoing, Wave
 from workers.pipeline import stage_of
 from workers.settling import RetryPolicy
@@ -89,6 +89,7 @@ class RunnerPorts:
     telemetry: Telemetry
     clock: Clock
     ids: Ids
+    listener: Listener | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class StageRunner:
         self._ports = ports
         self._partitions = partitions
         self._policy = policy or RunnerPolicy()
-        self._failures = Failures(stage, self._policy.retry, partitions, ports.telemetry, ports.clock)
+        self._failures = Failures(stage, self._policy.retry, partitions, ports.telemetry, ports.clock, ports.listener)
         self._outgoing = Outgoing(ports.publisher, partitions, self._policy.publish_tries, ports.telemetry)
 
     # --- a delivery ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from contracts.messages import JSON
 from contracts.ports import Ids, Telemetry
 from contracts.telemetry import OPERATOR_CALLS, Measurement
 from gateway.calls import Call, Endpoint, openapi, routes
-from gateway.control import approvals, deadletters, looking, people, registry
+from gateway.control import approvals, deadletters, looking, pauses, people, registry
 from gateway.control.desk import Desk
 from gateway.documents import API_VERSION, document_bytes
 from gateway.health import HealthDoor, health_routes
@@ -33,14 +33,14 @@ ABOUT: Final = (
 
 def operator_calls(desk: Desk) -> list[Call]:
     """Every call of the operator API."""
-    rooms = (registry, approvals, looking, deadletters, people)
+    rooms = (registry, approvals, looking, deadletters, pauses, people)
     return [call for room in rooms for call in room.calls(desk)]
 
 
 def openapi_document() -> bytes:
     """The OpenAPI 3.1 document of the operator API; it depends on no adapter."""
     absent: Any = None
-    desk = Desk(absent, absent, absent, absent, absent, absent, absent, absent, absent, absent, absent)
+    desk = Desk(absent, absent, absent, absent, absent, absent, absent, absent, absent, absent, absent, absent)
     return document_bytes(openapi(TITLE, API_VERSION, ABOUT, operator_calls(desk)))
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from governance.postgres.approvals import Approvals
     from governance.postgres.gate import RegistryGate
     from governance.postgres.looking import Looking
+    from governance.postgres.pauses import PostgresPauses
     from governance.postgres.people import People
 
 SHARED: Final = "_shared"
@@ -45,6 +46,7 @@ class Desk:
     looking: Looking
     letters: LetterDesk
     redecider: Redecider
+    pauses: PostgresPauses
     telemetry: Telemetry
     clock: Clock
     committed: Callable[[], None]

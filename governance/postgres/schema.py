@@ -324,6 +324,14 @@ halts = Table(
     PrimaryKeyConstraint("tenant", "model"),
 )
 
+pauses = Table(
+    "pauses",
+    metadata,
+    *(_text("tenant"), _text("place"), _text("reason"), _text("set_by"), _at("set_at"), _at("until", null=True)),
+    PrimaryKeyConstraint("tenant", "place"),
+    CheckConstraint("(tenant = '*') = (place <> 'doors')", name="pauses_place"),
+)
+
 probes = Table(
     "probes",
     metadata,

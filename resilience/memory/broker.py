@@ -354,6 +354,13 @@ class MemoryBroker:
         queue.subscriptions.append(subscription)
         self._tend(queue)
 
+    def unsubscribe(self, connection: Connection, name: str) -> None:
+        """Consume a queue no more; what it handed out stays there until it is settled or the connection ends."""
+        for subscription in connection.subscriptions:
+            line = subscription.queue.subscriptions
+            if subscription.queue.name == name and subscription in line:
+                line.remove(subscription)
+
     def ack(self, subscription: Subscription, tags: Iterable[int]) -> None:
         """Settle deliveries; the next ones follow at once."""
         queue = subscription.queue
@@ -372,7 +379,8 @@ class MemoryBroker:
         for subscription in connection.subscriptions:
             queue = subscription.queue
             queue.used_at = self._now()
-            queue.subscriptions.remove(subscription)
+            if subscription in queue.subscriptions:
+                queue.subscriptions.remove(subscription)
             held, subscription.held = subscription.held, {}
             queue.unacked -= len(held)
             queue.give_back(held.values())

@@ -122,6 +122,14 @@ class MemoryConsumer:
         self._attach(connection, queue)
         self._queues.append(queue)
 
+    async def drop_queue(self, queue: str) -> None:
+        """Take nothing more from a queue until it is added again; what it delivered already is worked on."""
+        if queue not in self._queues:
+            return
+        self._queues.remove(queue)
+        if self._connection is not None:
+            self._memory.unsubscribe(self._connection, queue)
+
     def _delivery(self, subscription: Subscription, stored: Stored) -> Delivery:
         queue, m = subscription.queue, stored.message
         key = (queue.name, m.message_id, hash(m.body))

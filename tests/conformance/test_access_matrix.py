@@ -117,6 +117,7 @@ def control() -> tuple[Surface, Behind, Tenants]:
         looking=behind,  # type: ignore[arg-type]
         letters=cast("Any", behind),
         redecider=cast("Any", behind),
+        pauses=behind,  # type: ignore[arg-type]
         telemetry=RecordingTelemetry(),
         clock=SteppingClock(),
         committed=lambda: None,
@@ -135,8 +136,8 @@ def seen(response: httpx.Response) -> str:
 
 
 def knows_shared(operation: Operation) -> bool:
-    """Whether a call of the operator API knows what holds for the whole installation: registry and halts."""
-    return "/registry" in operation.path or "/halts" in operation.path
+    """Whether a call of the operator API knows what holds for the whole installation: registry, halts, pauses."""
+    return any(room in operation.path for room in ("/registry", "/halts", "/pauses"))
 
 
 @pytest.fixture

@@ -592,6 +592,35 @@ async def test_a_queue_is_added_to_a_running_consumer(brokers: Brokers, size: in
     await brokers.until("the added queue is consumed again", lambda: b"body 9000" in box.bodies(B))
 
 
+async def test_a_dropped_queue_keeps_what_comes_until_it_is_added_again(brokers: Brokers, size: int) -> None:
+    publisher = await brokers.publisher()
+    stuck, box = Stuck(), Inbox()
+    consumer = await brokers.consumer([A, B], box.handle)
+    await publish(publisher, messages(1, B))
+    await brokers.until("it is consumed", lambda: len(box.bodies(B)) == 1)
+    for _ in range(2):
+        await consumer.drop_queue(B)
+    await publish(publisher, [*messages(size, B, first=1), *messages(size, A, first=100)])
+    await brokers.until("the other goes on", lambda: len(box.bodies(A)) == size)
+    assert len(box.bodies(B)) == 1
+    await brokers.cut(consumer)
+    await publish(publisher, [message(9_000, A)])
+    await brokers.until("the other goes on with a new connection", lambda: b"body 9000" in box.bodies(A))
+    assert len(box.bodies(B)) == 1
+    await consumer.add_queue(B)
+    await brokers.until("it goes on", lambda: len(box.bodies(B)) == 1 + size)
+    # What was in hand when its queue was dropped is finished, and never given twice.
+    await publish(publisher, [message(9_001, C)])
+    slow = await brokers.consumer([C], stuck.handle)
+    await brokers.until("one is in hand", lambda: bool(stuck.held))
+    await slow.drop_queue(C)
+    stuck.free.set()
+    await slow.add_queue(C)
+    await publish(publisher, [message(9_002, C)])
+    await brokers.until("the next came", lambda: len(stuck.held) >= 2)
+    assert [d.body for d in stuck.held] == [b"body 9001", b"body 9002"]
+
+
 async def test_a_queue_that_is_not_there_yet_can_be_added_later(
     brokers: Brokers, late: Callable[[], Awaitable[object]]
 ) -> None:

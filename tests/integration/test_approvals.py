@@ -813,6 +813,7 @@ async def door(room: Room) -> AsyncIterator[tuple[httpx.AsyncClient, Counter]]:
         looking=Looking(room.engine),
         letters=cast("Any", None),
         redecider=cast("Any", None),
+        pauses=cast("Any", None),
         telemetry=room.telemetry,
         clock=room.clock,
         committed=committed,

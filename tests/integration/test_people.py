@@ -750,6 +750,7 @@ def the_app(house: House) -> Starlette:
         looking=nothing,
         letters=nothing,
         redecider=nothing,
+        pauses=nothing,
         telemetry=RecordingTelemetry(),
         clock=house.clock,
         committed=lambda: None,

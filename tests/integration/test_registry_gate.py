@@ -533,6 +533,7 @@ async def office(gate: RegistryGate, scope: TenantScope) -> AsyncIterator[Office
         looking=nothing,
         letters=nothing,
         redecider=nothing,
+        pauses=nothing,
         telemetry=telemetry,
         clock=SystemClock(),
         committed=lambda: committed.append("committed"),

@@ -41,6 +41,8 @@ NAMED = {
     "LimitExceededError": 429,
     "DependencyUnavailableError": 503,
     "UndecidedLimitError": 429,
+    "TenantPausedError": 503,
+    "StagePausedError": 503,
     "InfrastructureError": 503,
     "MessagingFailureError": 503,
     "QueueFullError": 503,

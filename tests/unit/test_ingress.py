@@ -19,7 +19,7 @@ from contracts.events import canonical_json, event_id_of
 from contracts.failures import DatabaseError
 from contracts.lifecycle import Status
 from contracts.messages import label_from
-from contracts.ports import Confirm, DecisionRow, Delivery, TenantProfile
+from contracts.ports import Confirm, DecisionRow, Delivery, PauseNotice, Pauses, TenantProfile
 from contracts.settlement import Ack, Hold, Pause, Settlement, letter_from
 from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, LABELS_QUEUE, REJECTED, WORK, audit_queue, parked_queue, stage_queue
@@ -41,9 +41,10 @@ SENT = Delivery(
 )
 
 
-def ingress_on(parts: DoorParts) -> Ingress:
+def ingress_on(parts: DoorParts, pauses: Pauses | None = None) -> Ingress:
     labels = LabelDesk(parts.publisher, parts.telemetry, parts.clock, parts.refusals)
-    return Ingress(parts.intake, labels, parts.directory, parts.publisher, parts.refusals, parts.clock, parts.ids)
+    known = (parts.directory, parts.publisher, parts.refusals, parts.clock, parts.ids)
+    return Ingress(parts.intake, labels, *known, pauses)
 
 
 async def settled(parts: DoorParts, *deliveries: Delivery) -> list[Settlement]:
@@ -547,3 +548,37 @@ def test_no_naughty_string_in_any_property_is_more_than_an_event_or_a_rejection(
     ]
     assert asyncio.run(settled(parts, *deliveries)) == [Ack()] * len(deliveries)
     assert not [message for message in parts.publisher.messages if message.routing_key == parked_queue("ingress")]
+
+
+@dataclass
+class HeldTenants:
+    """The port Pauses: these tenants are paused."""
+
+    scopes: set[TenantScope]
+    down: bool = False
+
+    async def doors(self, scopes: Sequence[TenantScope]) -> Sequence[PauseNotice | None]:
+        if self.down:
+            raise DatabaseError
+        return [PauseNotice("an incident") if scope in self.scopes else None for scope in scopes]
+
+    async def stage(self, stage: str) -> PauseNotice | None:
+        return None
+
+
+async def test_deliveries_of_a_paused_tenant_wait_and_those_of_its_neighbours_do_not() -> None:
+    parts, pauses = DoorParts(), HeldTenants({ACME})
+    door = ingress_on(parts, pauses)
+    other = replace(SENT, routing_key="globex.risk", user_id="up-globex", queue="risk.ingest.globex")
+    worn = replace(SENT, redelivered=True, headers={"x-delivery-count": MAX_DELIVERIES})
+    for _ in range(30):
+        held, went, kept = await door.handle([SENT, other, worn])
+        assert isinstance(held, Hold)
+        assert isinstance(kept, Hold), "not even what came back too often is looked at"
+        assert went == Ack()
+    assert not [m for m in parts.publisher.messages if ORDER in m.message_id]
+    pauses.scopes.clear()
+    assert await door.handle([SENT]) == [Ack()]
+    pauses.down = True
+    (waits,) = await door.handle([SENT])
+    assert isinstance(waits, Pause)

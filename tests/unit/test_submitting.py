@@ -6,7 +6,8 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from contracts.codec import Entry
 from contracts.events import canonical_json, event_id_of
 from contracts.lifecycle import Status
 from contracts.outcomes import Outcome
-from contracts.ports import Confirm
+from contracts.ports import Confirm, PauseNotice
 from contracts.tenancy import TenantScope
 from contracts.topology import LABELS_QUEUE
 from gateway.health import serve
@@ -537,3 +538,37 @@ async def test_a_caller_that_goes_away_ends_its_wait(whole: WholeDoor) -> None:
     await asyncio.wait_for(task, 5)
     assert whole.waiting.open == 0
     assert len(published(whole)) == 1
+
+
+# --- a paused tenant ------------------------------------------------------------------------------------
+
+
+class PausedDoors:
+    """The port Pauses: every tenant is paused, for so many seconds."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    async def doors(self, scopes: Sequence[TenantScope]) -> Sequence[PauseNotice | None]:
+        return [PauseNotice("not for the tenant's eyes", self.seconds)] * len(scopes)
+
+    async def stage(self, stage: str) -> PauseNotice | None:
+        return None
+
+
+@pytest.mark.parametrize(("seconds", "retry_after"), [(None, "30"), (41.2, "42"), (0.1, "1")])
+@pytest.mark.parametrize("path", ["/v1/risk", "/v1/events", "/v1/events/batch"])
+async def test_a_paused_tenant_is_told_when_to_come_back_and_nothing_is_taken_in(
+    whole: WholeDoor, path: str, seconds: float | None, retry_after: str
+) -> None:
+    whole.ports = replace(whole.ports, pauses=PausedDoors(seconds))
+    body = b"[" + event_body() + b"]" if path.endswith("batch") else event_body()
+    transport = httpx.ASGITransport(whole.app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://door", headers=AUTH) as client:
+        response = await client.post(path, content=body, headers=JSON)
+        label = await client.post("/v1/labels", content=b"{}", headers=JSON)
+    assert_problem(response, 503, "tenant-paused")
+    assert response.headers["retry-after"] == retry_after
+    assert "eyes" not in response.text
+    assert whole.parts.store.states == {}
+    assert label.status_code == 422, "labels are about events that were taken in before"

@@ -111,13 +111,14 @@ async def create_upstream(settings: Settings, scope: TenantScope, name: str, pep
 
 async def demo(settings: Settings) -> DemoCredentials | None:
     """The demo tenant and the first admin, made only while no user exists; None when there is one already."""
+    # First and always: a data directory of an older release has users, but not every key that roles need now.
+    keys.init(settings.data_dir)
     engine = pg.create_engine(settings.need("database_url"))
     try:
         if await has_users(engine):
             return None
     finally:
         await pg.dispose(engine)
-    keys.init(settings.data_dir)
     made = await create_upstream(settings, DEMO, "Demo lender", keys.pepper(settings))
     _write_private(credentials_file(settings.data_dir), asdict(made))
     passwords = {user_id: secrets.token_urlsafe(18) for user_id in (ADMIN, *(user.user_id for user in DEMO_PEOPLE))}

@@ -130,7 +130,7 @@ class BrokerLogin(BaseModel):
     """A tenant's broker user with its new password."""
 
     broker_user: str
-    broker_password: str
+    broker_password: str = Field(repr=False)
 
 
 class Users(BaseModel):
@@ -148,7 +148,7 @@ class TenantList(BaseModel):
 
 
 class Keys(BaseModel):
-    """A tenant's API keys, oldest first."""
+    """A tenant's API keys, oldest first: all that live, and the newest that ended, 200 together."""
 
     keys: tuple[ApiKey, ...]
 

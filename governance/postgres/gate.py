@@ -37,6 +37,7 @@ from governance.prompts import check_prompt, diff
 from governance.registry import (
     KINDS,
     MAX_CONTENT_BYTES,
+    RELEASE_PREFIX,
     SHARED,
     Activation,
     Choice,
@@ -51,6 +52,7 @@ from governance.registry import (
     active_before,
     check_move,
     digest_of,
+    is_release_name,
 )
 from governance.signing import Signer, Statement
 
@@ -225,12 +227,16 @@ class RegistryGate:
     async def register(self, caller: Principal, scope: TenantScope | None, draft: Draft) -> Version:
         """Add a version as a draft, with the next number of its name.
 
-        Raises InvalidRequestError with pointers, and ConflictError naming the usable version of the same content.
+        Raises InvalidRequestError with pointers (also for a name of the release where every tenant uses it), and
+        ConflictError naming the usable version of the same content.
         """
         author = _person(caller)
         content = canonical_json(draft.content)
         valid_until = None if draft.valid_until is None else moment(draft.valid_until)
         self._check_draft(draft, author, content, valid_until)
+        if scope is None and is_release_name(draft.name):
+            kept = ("/name", f"is kept for what a release brings, as is all that begins with {RELEASE_PREFIX}")
+            raise InvalidRequestError("choose a name of your own for what every tenant uses", pointers=(kept,))
         values = draft.model_dump(include={"kind", "name", "owner", "purpose", "use_tag", "limitations", "validator"})
         values |= {"digest": digest_of(content), "content": content, "author": author, "valid_until": valid_until}
         async with self._command(caller, scope, draft.reason) as command:

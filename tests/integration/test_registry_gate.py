@@ -477,6 +477,17 @@ async def test_what_every_tenant_uses_goes_through_the_same_gate(
     assert (default[0].action, default[0].activated_by) == ("activate", "riskfleet")
 
 
+@pytest.mark.parametrize("name", ["base-scorecard", "risk-policy", "riskfleet-anything"])
+async def test_nobody_takes_a_name_that_a_release_may_bring_for_every_tenant(
+    gate: RegistryGate, scope: TenantScope, name: str
+) -> None:
+    """Or the next `db upgrade` would find other content under its version's name, and end there."""
+    with pytest.raises(InvalidRequestError) as refused:
+        await registered(gate, None, draft(name))
+    assert [pointer for pointer, _ in refused.value.pointers] == ["/name"]
+    assert (await registered(gate, scope, draft(name))).name == name
+
+
 async def test_signatures_of_an_older_key_hold_as_long_as_it_is_trusted(
     gate: RegistryGate, engine: AsyncEngine, scope: TenantScope
 ) -> None:

@@ -14,10 +14,10 @@ export YES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run check test lint unit lock clean
+.PHONY: help venv run check test lint unit documents lock clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## The virtual environment in .venv, from the hashed lock
 	@echo "$(VENV) is up to date"
@@ -50,6 +50,9 @@ check: lint unit ## Linters, types, import rules, unit and architecture tests (n
 test: lint ## Everything, with real servers (installed by apt after a yes, or with YES=1)
 	@$(BIN)/python -m deploy.servers
 	@$(BIN)/python -m pytest tests
+
+documents: $(STAMP) ## Write every document that is generated from the code (schema included: needs the servers' programs)
+	@$(BIN)/python -m deploy.documents --schema
 
 lock: $(STAMP) ## Resolve the dependencies again and write requirements.lock
 	@$(PIP) install "pip-tools>=7.6,<8"

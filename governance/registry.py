@@ -273,9 +273,8 @@ def is_release_name(name: str) -> bool:
 def release_artifacts(directory: Path = DEFAULTS) -> tuple[ReleaseArtifact, ...]:
     """What this release brings, in order of the file names.
 
-    A default that changes gets a new file with a new version, a new one a name for which `is_release_name` holds, and the
-    old file stays: an installation that still uses
-    the old version trusts it by this list alone.
+    A default that changes gets a new file with a new version, a new one a name for which `is_release_name` holds, and
+    the old file stays: an installation that still uses the old version trusts it by this list alone.
     """
     documents = (orjson.loads(path.read_bytes()) for path in sorted(directory.glob("*.json")))
     return tuple(

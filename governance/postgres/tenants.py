@@ -234,7 +234,9 @@ class Tenants:
 
         What was confirmed before is still decided, and people still work: a login that is bound to no tenant submits
         nothing anywhere, but approves, looks and halts here, since what waits for a person must not wait for the end of
-        a suspension. Take the grants of whoever should not. Raises AuthorizationError, NotKnownError, MessagingFailureError.
+        a suspension. Take the grants of whoever should not.
+
+        Raises AuthorizationError, NotKnownError, MessagingFailureError.
         """
         return await self._turn(caller, scope, "suspended", reason)
 
@@ -313,7 +315,7 @@ class Tenants:
         return key
 
     async def keys(self, scope: TenantScope) -> Sequence[ApiKey]:
-        """The tenant's keys without secrets, oldest first: each that lives, and of the ended ones the newest, 200 in all.
+        """The tenant's keys without secrets, oldest first: all that live, and the newest that ended, 200 in all.
 
         The audit has every key there ever was.
         """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +47,7 @@ from contracts.state import (
 )
 from contracts.tenancy import TenantScope
 from deploy import keys, local, provision
+from deploy.migrations.dump import dump
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.servers import ServerUrls
 from deploy.settings import Settings
@@ -182,6 +186,17 @@ async def test_tables_are_what_the_schema_module_says(database: ServerUrls, owne
 
     async with owner.connect() as connection:
         assert await connection.run_sync(differences) == []
+
+
+def test_the_committed_schema_is_what_the_migrations_make(database: ServerUrls) -> None:
+    """As the pg_dump of PostgreSQL 15 writes it; another major version may put the same schema into other words."""
+    program = shutil.which("pg_dump")
+    said = subprocess.run([program or "false", "--version"], capture_output=True, text=True, check=False).stdout
+    if " 15." not in said:
+        message = f"needs pg_dump of PostgreSQL 15, found {said.strip() or 'none'}"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
+    committed = (Path(__file__).resolve().parents[2] / "docs" / "schema.sql").read_text()
+    assert dump(database.migration_database) == committed, "run make documents"
 
 
 async def test_an_upgrade_may_be_repeated(database: ServerUrls) -> None:

@@ -14,10 +14,10 @@ export YES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run check test lint unit documents lock clean
+.PHONY: help venv run check test lint unit documents lock clean bench-rivals
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## The virtual environment in .venv, from the hashed lock
 	@echo "$(VENV) is up to date"
@@ -51,8 +51,11 @@ test: lint ## Everything, with real servers (installed by apt after a yes, or wi
 	@$(BIN)/python -m deploy.servers
 	@$(BIN)/python -m pytest tests
 
-documents: $(STAMP) ## Write every document that is generated from the code (schema included: needs the servers' programs)
+documents: $(STAMP) ## Write what is generated from the code (docs/schema.sql too, which needs the servers)
 	@$(BIN)/python -m deploy.documents --schema
+
+bench-rivals: $(STAMP) ## Every rival and riskfleet in turn; writes docs/performance.md (QUICK=1 tries it)
+	@$(BIN)/python -m tests.load.rivals.run $(if $(QUICK),--quick --out .rivals)
 
 lock: $(STAMP) ## Resolve the dependencies again and write requirements.lock
 	@$(PIP) install "pip-tools>=7.6,<8"

@@ -160,6 +160,10 @@ class LimitExceededError(RiskfleetError):
     """The tenant's limit is reached; repeat after the time in Retry-After."""
 
 
+class DependencyUnavailableError(RiskfleetError):
+    """A dependency failed too often and is left alone for a while; the event is tried again later."""
+
+
 class UndecidedLimitError(LimitExceededError):
     """The tenant has as many events under way as it may; repeat after Retry-After: decisions make room."""
 
@@ -170,6 +174,10 @@ class InfrastructureError(RiskfleetError):
 
 class MessagingFailureError(InfrastructureError):
     """RabbitMQ did not confirm a message in time; whether it arrived is unknown, so the same entry is sent again."""
+
+
+class QueueFullError(MessagingFailureError):
+    """A queue of the fleet takes no more for now; only what is for this queue has to wait."""
 
 
 class StateStoreError(InfrastructureError):
@@ -208,6 +216,7 @@ FAILURES: dict[type[RiskfleetError], FailureRow] = {
     NotKnownError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 404, "not-known"),
     ConflictError: FailureRow(_C.VALIDATION_ERROR, _S.INFO, _D.REFUSE, 409, "conflict"),
     LimitExceededError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "limit-exceeded"),
+    DependencyUnavailableError: FailureRow(_C.INFRA_ERROR, _S.WARNING, _D.RETRY, 503, "dependency-unavailable"),
     UndecidedLimitError: FailureRow(_C.POLICY_VIOLATION, _S.INFO, _D.REFUSE, 429, "too-many-undecided"),
     InfrastructureError: FailureRow(_C.INFRA_ERROR, _S.ERROR, _D.PAUSE, 503, "not-known-to-be-accepted"),
     UnexpectedError: FailureRow(_C.UNEXPECTED_ERROR, _S.ERROR, _D.RETRY, 500, "unexpected"),

@@ -16,19 +16,22 @@ from contracts.codec import CARRIER_HEADER, Entry, carriers, encode_carrier, ent
 from contracts.events import canonical_json
 from contracts.failures import InvalidTenantError, UndecodableEntryError
 from contracts.labels import Label
-from contracts.ports import Confirm, DeadLetter, DecisionRow, Message
+from contracts.ports import Confirm, DeadLetter, DecisionRow, Delivery, Message
 from contracts.settlement import failure_headers
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from contracts.topology import (
     DECISIONS,
-    DELIVERY_QUEUE,
     LABELS_QUEUE,
     REJECTED,
+    STAGES,
     WORK,
+    Stage,
     audit_queue,
+    delivery_rung,
     first_rung,
     parked_queue,
+    partition_of,
     rung_exchange,
     stage_queue,
 )
@@ -154,15 +157,42 @@ def parked_message(letter: DeadLetter, source: str) -> Message:
     )
 
 
+_PROBE_HEADER = "x-riskfleet-probe"
+
+
+def probe_message(partition: int, sent_at: str) -> Message:
+    """A message that holds nothing, and goes through every queue of a partition behind what is there already.
+
+    `sent_at` is the time (RFC 3339) that it is known by once it has come through.
+    """
+    return _probe(stage_queue(STAGES[0], partition), sent_at)
+
+
+def probe_of(delivery: Delivery) -> str | None:
+    """The time at which a probe was sent; None for every other delivery."""
+    sent_at = delivery.headers.get(_PROBE_HEADER)
+    return sent_at if isinstance(sent_at, str) and not delivery.body else None
+
+
+def next_probe(stage: Stage, delivery: Delivery, sent_at: str) -> Message:
+    """The same probe on its way from a stage to the queue behind it: the next stage's, or the audit's."""
+    partition = partition_of(delivery.queue)
+    behind = STAGES[STAGES.index(stage) + 1 :]
+    return _probe(stage_queue(behind[0], partition) if behind else audit_queue(partition), sent_at)
+
+
+def _probe(queue: str, sent_at: str) -> Message:
+    return Message(WORK, queue, b"", f"probe:{queue}:{sent_at}", {_PROBE_HEADER: sent_at, CARRIER_HEADER: 0})
+
+
 _DELIVERY_HEADER = "x-riskfleet-delivery"
 
 
 def delivery_message(message: Message, attempt: int, delay_ms: int) -> Message:
-    """A decision that was not confirmed, on its way round the ladder; `undelivered` reads it when it comes back.
+    """A decision that was not confirmed, on its way round its own ladder; `undelivered` reads it when it comes back.
 
     `attempt` counts from 1. The id names the attempt, so that two rounds never look like one message.
     """
-    rung = first_rung(delay_ms)
     envelope = {
         "exchange": message.exchange,
         "routing_key": message.routing_key,
@@ -173,8 +203,8 @@ def delivery_message(message: Message, attempt: int, delay_ms: int) -> Message:
         "attempt": attempt,
     }
     return Message(
-        exchange=rung_exchange(rung),
-        routing_key=DELIVERY_QUEUE,
+        exchange=WORK,
+        routing_key=delivery_rung(delay_ms),
         body=message.body,
         message_id=f"delivery:{message.message_id}:{attempt}",
         headers={_DELIVERY_HEADER: canonical_json(envelope).decode()},

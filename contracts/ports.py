@@ -404,6 +404,37 @@ class AuditLog(Protocol):
         """Append each record once, in one transaction; False = it was already there."""
         ...
 
+    async def probed(self, partition: int, sent_at: str) -> None:
+        """Note that a probe sent at that time (RFC 3339) has come through a partition; the latest stays."""
+        ...
+
+
+EventKey = tuple[TenantScope, str]
+
+
+class Missing(Protocol):
+    """What PostgreSQL knows and misses: events without a decision, and decisions without their whole trail."""
+
+    async def undecided(self, since: datetime, before: datetime, limit: int) -> Sequence[EventState]:
+        """Version 0 of events received in [since, before) that have neither a decision nor a dead letter."""
+        ...
+
+    async def still_undecided(self, keys: Sequence[EventKey]) -> Sequence[EventState]:
+        """Those of these events that have neither yet."""
+        ...
+
+    async def incomplete(self, since: datetime, before: datetime, limit: int) -> Sequence[EventState]:
+        """The decided states of [since, before) of whose trail the chain lacks a record."""
+        ...
+
+    async def still_incomplete(self, keys: Sequence[EventKey]) -> Sequence[EventState]:
+        """Those of these events of whose trail the chain still lacks a record."""
+        ...
+
+    async def probes(self) -> Mapping[int, datetime]:
+        """By partition, when the latest probe was sent that has come through."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:

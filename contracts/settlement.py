@@ -38,16 +38,14 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
-    """Only this delivery has to wait: it stays unacked and is worked on again in `seconds`; its neighbours go on.
+class Hold:
+    """This delivery alone has to wait: it stays unacked, and the handler is given it again after so many seconds."""
 
-    A queue whose deliveries wait fills its consumer's prefetch, and so is consumed as fast as they stop waiting.
-    """
-
+    reason: str
     seconds: float
 
 
-Settlement = Ack | Pause | Wait
+Settlement = Ack | Pause | Hold
 
 
 def failure_headers(letter: DeadLetter) -> dict[str, Any]:

@@ -50,12 +50,18 @@ SUSPECTS = Metric("riskfleet_suspects_total", _C, "Entries run alone after their
 AUDIT_RECORDS = Metric("riskfleet_audit_records_total", _C, "Audit records appended or already present.", ("result",))
 LABELS = Metric("riskfleet_labels_total", _C, "Labels by door and result.", ("door", "result"))
 DELIVERIES = Metric("riskfleet_decision_deliveries_total", _C, "Decisions sent round the delivery ladder.", ("result",))
+RECONCILED = Metric("riskfleet_reconciled_total", _C, "What was lost on its way and sent again.", ("what",))
 APPROVALS_CLOSED = Metric("riskfleet_approvals_closed_total", _C, "Approvals closed by result.", ("result", "tenant"))
 APPROVAL_SECONDS = Metric("riskfleet_approval_dwell_seconds", _H, "Time from opening to closing an approval.", ())
 OUTBOX = Metric("riskfleet_outbox_published_total", _C, "Outbox messages published by result.", ("result",))
 TRANSITIONS = Metric("riskfleet_registry_transitions_total", _C, "Registry transitions.", ("kind", "to"))
 LOGINS = Metric("riskfleet_logins_total", _C, "Logins by result.", ("result",))
 OPERATOR_CALLS = Metric("riskfleet_operator_calls_total", _C, "Operator API calls.", ("call", "result"))
+LIMITER_REFUSALS = Metric("riskfleet_limiter_refusals_total", _C, "Takes above a rate.", ("limit", "tenant"))
+BREAKER_CHANGES = Metric("riskfleet_breaker_changes_total", _C, "Changes of a breaker.", ("dependency", "to"))
+BREAKER_REFUSALS = Metric("riskfleet_breaker_refusals_total", _C, "Calls that a breaker refused.", ("dependency",))
+BULKHEAD_REFUSALS = Metric("riskfleet_bulkhead_refusals_total", _C, "Refused permits.", ("dependency", "reason"))
+BULKHEAD_WAIT_SECONDS = Metric("riskfleet_bulkhead_wait_seconds", _H, "Wait for a permit.", ("dependency",))
 
 METRICS: Mapping[str, Metric] = {
     m.name: m
@@ -78,12 +84,18 @@ METRICS: Mapping[str, Metric] = {
         AUDIT_RECORDS,
         LABELS,
         DELIVERIES,
+        RECONCILED,
         APPROVALS_CLOSED,
         APPROVAL_SECONDS,
         OUTBOX,
         TRANSITIONS,
         LOGINS,
         OPERATOR_CALLS,
+        LIMITER_REFUSALS,
+        BREAKER_CHANGES,
+        BREAKER_REFUSALS,
+        BULKHEAD_REFUSALS,
+        BULKHEAD_WAIT_SECONDS,
     )
 }
 

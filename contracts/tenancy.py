@@ -75,6 +75,10 @@ class TenantScope:
         """The Redis key that remembers which process runs a suspect entry alone."""
         return f"rf:{{s{self.slot:04d}}}:a:{self.tenant_id}:{event_id}:{stage}"
 
+    def limit_key(self, limit: str) -> str:
+        """The Redis key of one of this tenant's rate limits."""
+        return f"rf:{{s{self.slot:04d}}}:l:{self.tenant_id}:{limit}"
+
     @property
     def backlog_key(self) -> str:
         """The Redis key of this tenant's backlog; `:n` behind it names the set of its events at version n."""

@@ -36,17 +36,25 @@ STAGES: tuple[Stage, ...] = tuple(Stage)
 RUNGS: tuple[tuple[str, int], ...] = (("100ms", 100), ("1s", 1_000), ("5s", 5_000), ("15s", 15_000), ("30s", 30_000))
 """The retry ladder: name and TTL in milliseconds of each rung."""
 
+DELIVERY_RUNGS: tuple[tuple[str, int], ...] = RUNGS[1:]
+"""The ladder of decisions that a tenant's queue refused. Its queues are its own: full, they hold up no stage."""
+
 PARKED_SOURCES: tuple[str, ...] = (*STAGES, "ingress", "audit", "labels")
 
 
-def stage_queue(stage: str, partition: int) -> str:
+def stage_queue(stage: str, partition: int, version: str = VERSION) -> str:
     """The work queue of a stage and partition."""
-    return f"risk.{VERSION}.{stage}.p{partition:02d}"
+    return f"risk.{version}.{stage}.p{partition:02d}"
 
 
-def audit_queue(partition: int) -> str:
+def partition_of(queue: str) -> int:
+    """The partition of a stage's or audit queue."""
+    return int(queue.rpartition(".p")[2])
+
+
+def audit_queue(partition: int, version: str = VERSION) -> str:
     """The audit queue of a partition."""
-    return f"risk.{VERSION}.audit.p{partition:02d}"
+    return f"risk.{version}.audit.p{partition:02d}"
 
 
 def rung_exchange(delay: str) -> str:
@@ -54,14 +62,20 @@ def rung_exchange(delay: str) -> str:
     return f"risk.{VERSION}.retry.{delay}"
 
 
-def rung_queue(delay: str) -> str:
+def rung_queue(delay: str, version: str = VERSION) -> str:
     """The queue of a rung of the retry ladder."""
-    return f"risk.{VERSION}.retry.{delay}"
+    return f"risk.{version}.retry.{delay}"
 
 
-def parked_queue(source: str) -> str:
+def delivery_rung(at_least_ms: int) -> str:
+    """The queue of the first delivery rung that waits at least this long; the last one when none does."""
+    name = next((name for name, ttl in DELIVERY_RUNGS if ttl >= at_least_ms), DELIVERY_RUNGS[-1][0])
+    return f"{DELIVERY_QUEUE}.{name}"
+
+
+def parked_queue(source: str, version: str = VERSION) -> str:
     """Dead letters of a stage on their way to the table `dead_letters`."""
-    return f"risk.{VERSION}.parked.{source}"
+    return f"risk.{version}.parked.{source}"
 
 
 def reply_queue(boot: str) -> str:
@@ -138,6 +152,7 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
     work = (*stage_queues, *audit_queues)
     parked = [parked_queue(source) for source in PARKED_SOURCES]
     rungs = [(rung_exchange(name), rung_queue(name), ttl) for name, ttl in RUNGS]
+    deliveries = (DELIVERY_QUEUE, *(delivery_rung(ttl) for _, ttl in DELIVERY_RUNGS))
     return Topology(
         exchanges=(
             Exchange(INGEST, "topic", {"alternate-exchange": UNROUTED}),
@@ -153,11 +168,11 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
             *(Queue(queue) for _, queue, _ in rungs),
             Queue(METRICS_QUEUE, "classic"),
             Queue(LABELS_QUEUE),
-            Queue(DELIVERY_QUEUE),
+            *(Queue(name) for name in deliveries),
             Queue(UNROUTED),
         ),
         bindings=(
-            *(Binding(WORK, name, name) for name in (*work, *parked, METRICS_QUEUE, LABELS_QUEUE, DELIVERY_QUEUE)),
+            *(Binding(WORK, name, name) for name in (*work, *parked, METRICS_QUEUE, LABELS_QUEUE, *deliveries)),
             *(Binding(exchange, queue, "#") for exchange, queue, _ in rungs),
             Binding(UNROUTED, UNROUTED, ""),
         ),
@@ -174,6 +189,10 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
             Policy("rf-labels", rf"^risk\.{VERSION}\.labels$", _netted(queue_bytes // 4, "labels", 20)),
             # Nothing is dead-lettered from here: a decision stands in PostgreSQL, and the feed has it.
             Policy("rf-delivery", rf"^risk\.{VERSION}\.delivery$", _bounded(queue_bytes // 4)),
+            *(
+                Policy(f"rf-delivery-{name}", rf"^risk\.{VERSION}\.delivery\.{name}$", _round(ttl, queue_bytes // 4))
+                for name, ttl in DELIVERY_RUNGS
+            ),
             Policy("rf-parked", rf"^risk\.{VERSION}\.parked\.", {"overflow": "reject-publish"}),
             Policy("rf-metrics", rf"^risk\.{VERSION}\.metrics$", {"max-length": 100_000, "overflow": "drop-head"}),
             # The ingress parks by itself after 20 deliveries; the broker's limit stands behind that.
@@ -204,3 +223,8 @@ def _rung(ttl_ms: int, limit: int) -> dict[str, Any]:
         "dead-letter-exchange": WORK,
         "dead-letter-strategy": "at-least-once",
     }
+
+
+def _round(ttl_ms: int, limit: int) -> dict[str, Any]:
+    """Every delivery rung has one target, so a target that is missing or full holds up no other queue's entries."""
+    return _rung(ttl_ms, limit) | {"dead-letter-routing-key": DELIVERY_QUEUE}

@@ -16,7 +16,8 @@ from contracts.failures import InfrastructureError
 from contracts.topology import STAGES, Stage, stage_queue
 from deploy import keys
 from deploy.settings import Settings
-from deploy.wiring import Kit, background, health_door, kit, stop_signal
+from deploy.stopping import stop_signal
+from deploy.wiring import Kit, background, health_door, kit
 from gateway.health import CollectorRegistry, serve
 from gateway.scaling import ScalingAnswer, ScalingMeter, scaling_app
 from governance.postgres.directory import PostgresDirectory

@@ -22,7 +22,7 @@ from rich.table import Table
 from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage, topology
-from deploy import cli_people, keys, local, logs, provision, role, settings, submit
+from deploy import cli_bench, cli_people, keys, local, logs, provision, role, settings, submit
 from deploy import doctor as doctor_checks
 from deploy.cli_approvals import approvals_app
 from deploy.cli_dlq import dlq_app
@@ -56,6 +56,7 @@ for name, group in {
 }.items():
     app.add_typer(group, name=name)
 cli_people.attach(app)
+cli_bench.attach(app)
 
 console = Console()
 errors = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""The role `control`: the operator API, the relay of its outbox, and the expiry of approvals.
+"""The role `control`: the operator API, and the loops that only read tables: relay, expiry, and the reconciler.
 
 Promises: what a command committed is published by this process or by the next one that starts; two of them may run side
 by side. Stops in this order: the API first, so that no command begins; then the expiry; then the relay, which has a
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from deploy import keys
 from deploy.credentials import authenticator, token_issuer
 from deploy.settings import Settings
-from deploy.wiring import Kit, background, health_door, kit, registry, stop_signal
+from deploy.stopping import stop_signal
+from deploy.wiring import Kit, background, health_door, kit, registry
 from gateway.control.app import create_control
 from gateway.control.desk import Desk
 from gateway.health import CollectorRegistry, serve
@@ -25,10 +26,12 @@ from governance.postgres.gate import RegistryGate
 from governance.postgres.ledger import PostgresLedger
 from governance.postgres.letters import PostgresLetterDesk
 from governance.postgres.looking import Looking
+from governance.postgres.missing import PostgresMissing
 from governance.postgres.outbox import PostgresOutbox
 from governance.postgres.people import People
 from governance.registry import Validator, loads_as
 from resilience.management import BrokerManagement
+from resilience.reconciler import Reconciler
 from resilience.relay import OutboxRelay
 from workers.judgement.checks import load_guardrail
 from workers.judgement.models import load_model
@@ -65,6 +68,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
     directory = PostgresDirectory(k.engine, k.clock, pepper)
     relay = OutboxRelay(PostgresOutbox(k.engine), k.publisher, k.telemetry)
     approvals = Approvals(k.engine, k.clock, settings.partitions, k.telemetry)
+    reconciler = Reconciler(PostgresMissing(k.engine), k.publisher, k.telemetry, k.clock, settings.partitions)
     tokens = token_issuer(settings)
     ports = PeoplePorts(k.engine, k.clock, k.ids, Passwords(), settings.partitions, tokens, management)
     people = People(ports, PeoplePolicy(pepper, settings.token_ttl))
@@ -87,7 +91,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
     relaying = asyncio.create_task(relay.run(last), name="relay")
     relaying.add_done_callback(lambda _: stop.set())  # without it, commands would commit and say nothing to anybody
     try:
-        async with background(k, stop, approvals.run_expiry(stop, committed=relay.wake)):
+        async with background(k, stop, approvals.run_expiry(stop, committed=relay.wake), reconciler.run()):
             await serve(app, settings.control_host, settings.control_port, stop=stop)
     finally:
         last.set()

@@ -33,6 +33,7 @@ from deploy.settings import Settings, SettingsError, environment_of
 from deploy.stream import StreamReport, stream
 
 _READY_S = 60.0
+_GRACE_S = 25.0  # a role that is stuck leaves by itself before that
 _ROLE = (sys.executable, "-m", "deploy.role")
 
 
@@ -71,7 +72,9 @@ def roles(health_base: int, *, scaled: bool = False) -> list[RoleSpec]:
         *([("autoscaler", ("autoscaler",))] if scaled else []),
     ]
     return [
-        RoleSpec(name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), _order(name), 15.0)
+        RoleSpec(
+            name, (*_ROLE, *argv, "--health-port", str(health_base + i if health_base else 0)), _order(name), _GRACE_S
+        )
         for i, (name, argv) in enumerate(named)
     ]
 

@@ -5,9 +5,7 @@ Both run the embedded fleet of `deploy.embedded`: real rooms, twins instead of s
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from contracts.ports import DecisionRow
 from deploy.embedded import BANNER, embedded
 from deploy.processes import port_is_free
 from deploy.settings import Settings, SettingsError
+from deploy.stopping import end_at_once, stop_signal, until_told
 from deploy.submit import read_events
 from gateway.health import serve
 from gateway.intake import Refusal
@@ -131,10 +130,8 @@ def up_embedded(settings: Settings, console: Console) -> int:
     began = time.monotonic()
 
     async def run() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with embedded(settings) as fleet:
+            stop = stop_signal()
             (answer,) = await fleet.decide([orjson.dumps(_SAMPLE)])
             outcome = answer.outcome if isinstance(answer, DecisionRow) else answer.error.detail
             console.print(f"[bold yellow]{BANNER}[/]", highlight=False)
@@ -149,7 +146,8 @@ def up_embedded(settings: Settings, console: Console) -> int:
 
             await serve(fleet.app, settings.http_host, settings.http_port, stop=stop, on_bound=bound)
 
-    uvloop.run(run())
+    end_at_once()
+    uvloop.run(until_told(run()))
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from contracts.topology import (
 from deploy import keys
 from deploy.runtime import RandomIds, SystemClock
 from deploy.settings import Settings, SettingsError
+from deploy.stopping import stop_signal
 from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.postgres import AsyncEngine
@@ -258,7 +258,7 @@ async def run_ingress(settings: Settings) -> None:
         async with background(k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory), consumer.join()):
             door = health_door(k, CollectorRegistry(), lambda: consumer.paused_reason)
             await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
-        await consumer.stop()
+            await consumer.stop()
         await refusals.flush(final=True)
 
 
@@ -304,8 +304,8 @@ async def _consume(
 
         door = health_door(k, measured or CollectorRegistry(), paused)
         await serve(health_app(door), k.settings.health_host, k.settings.health_port, stop=stop)
-    for consumer in consumers:
-        await consumer.stop()
+        # Together, and while the heart still beats: what is being finished belongs to a living process.
+        await asyncio.gather(*(consumer.stop() for consumer in consumers))
 
 
 def health_door(k: Kit, measured: CollectorRegistry, paused: Callable[[], str | None]) -> HealthDoor:
@@ -344,12 +344,3 @@ async def _beat_forever(k: Kit) -> None:
         with contextlib.suppress(StateStoreError):
             await k.state_store.beat()
         await asyncio.sleep(_BEAT_S)
-
-
-def stop_signal() -> asyncio.Event:
-    """Set once SIGTERM or SIGINT comes."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop

@@ -38,8 +38,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 class Envelope:
     """One event as it was sent: `event` is the parsed document, not yet validated.
 
-    `identity` is used when neither the event nor a header has one. `inside` and `filled` say where the sender finds
-    what a JSON pointer into `event` names.
+    `identity` is used when the event has no id; a CloudEvent's source and id come before any header. `inside` and
+    `filled` say where the sender finds what a JSON pointer into `event` names.
     """
 
     event: Any

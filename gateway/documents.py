@@ -80,6 +80,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "too-many-undecided": "Too many of the tenant's events are under way. Wait for the seconds in `Retry-After`, then "
     "repeat with the same identity.",
     "limit-exceeded": "Wait for the seconds in `Retry-After`, then repeat with the same identity.",
+    "dependency-unavailable": "Repeat later with the same identity.",
     "not-known-to-be-accepted": "Repeat with the same identity until it is answered; that is always safe.",
     "unexpected": "Report it to the operator with the correlation id; repeating with the same identity is safe.",
     "no-such-path": "Check the path against the document.",

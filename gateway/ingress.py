@@ -1,11 +1,12 @@
 """The AMQP door, without its transport: deliveries of the ingest queues in, settlements out.
 
 Promises: a delivery is acked only after what it owes is confirmed: the event's message, the repeated
-decision, the problem document, or its dead letter. The tenant is the one of the broker user that RabbitMQ
-itself verified (`user_id`), never one that the message names. A delivery that nothing can process is parked
-after three tries, so it never blocks the queue. A tenant that has too many events under way waits in its own queue, and
-no other tenant with it. A delivery is an event, a CloudEvent (binary or structured), a batch
-of CloudEvents, which is acked when all of it has settled, or a label. Nothing here connects, consumes or acks.
+decision, the problem document and its audit record, or its dead letter. A queue that is full holds up
+only what is for it, and a tenant that has too many events under way waits in its own queue. The tenant is
+the one of the broker user that RabbitMQ itself verified (`user_id`), never one that the message names. A
+delivery that nothing can process is parked after three tries, so it never blocks the queue. A delivery is an
+event, a CloudEvent (binary or structured), a batch of CloudEvents, which is acked when all of it has
+settled, or a label. Nothing here connects, consumes or acks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Final, Literal
 
 import structlog
@@ -24,6 +26,7 @@ from contracts.failures import (
     DomainValidationError,
     InfrastructureError,
     MessagingFailureError,
+    QueueFullError,
     RiskfleetError,
     TenantIsolationError,
     UndecidedLimitError,
@@ -34,7 +37,7 @@ from contracts.failures import (
 )
 from contracts.messages import arrived, decision_message, delivery_message, parked_message, rejection_message
 from contracts.ports import Clock, Confirm, DeadLetter, Delivery, Directory, Ids, Message, Publisher
-from contracts.settlement import Ack, Pause, Settlement, Wait
+from contracts.settlement import Ack, Hold, Pause, Settlement
 from contracts.telemetry import bind_correlation, current_correlation
 from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, REJECTED
@@ -51,7 +54,10 @@ TRIES = 3
 MAX_DELIVERIES = 20  # the same last net as the stage queues have by policy
 LABEL: Final = "label"
 _DELIVERY_WAIT_MS: Final = 1_000
-_FULL_WAIT_S: Final = 1.0
+_UNDECIDED_WAIT_S: Final = 1.0
+_AUDIT_WAIT_S: Final = 0.5
+_FULL_WAIT_S: Final = 2.0
+_MOST_UNAUDITED: Final = 10_000
 
 Verdict = Admission | LabelAdmission | Refusal
 
@@ -76,9 +82,13 @@ class Ingress:
         self._refusals = refusals
         self._clock = clock
         self._ids = ids
+        self._unaudited: dict[int, tuple[Delivery, datetime]] = {}
 
     async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
-        """One settlement per delivery, in order. Pause means: a server does not answer, nothing was lost."""
+        """One settlement per delivery, in order. Pause means: a server does not answer, nothing was lost.
+
+        Hold means that this delivery alone waits: its tenant's partition is full, or its refusal is not audited yet.
+        """
         try:
             profiles = await self._directory.tenants()
         except InfrastructureError as error:
@@ -87,12 +97,17 @@ class Ingress:
         return await asyncio.gather(*(self._settle(delivery, users) for delivery in deliveries))
 
     async def _settle(self, delivery: Delivery, users: Mapping[str, TenantScope]) -> Settlement:
+        waiting = self._unaudited.get(id(delivery))
+        if waiting is not None and waiting[0] is delivery:  # answered already, and given again as the same object
+            return self._once_audited(*waiting)
         scope = users.get(delivery.user_id) if delivery.user_id else None
         with bind_correlation(correlation_of(delivery.correlation_id, _traceparent(delivery), self._ids)):
             try:
                 if delivered_too_often(delivery):
                     return await self._park(delivery, scope, None, rfc3339(self._clock.now()))
                 return await self._try(delivery, scope)
+            except QueueFullError as error:
+                return Hold(error.detail, _FULL_WAIT_S)
             except InfrastructureError as error:
                 return Pause(error.detail)
             except Exception as error:  # noqa: BLE001 - not even parking worked: keep the delivery, and its neighbours
@@ -117,7 +132,7 @@ class Ingress:
         if scope is None:
             # Nobody to answer: the broker verified no user that belongs to a tenant.
             self._refusals.note(None, AuthenticationError("no broker user of a tenant sent this"), "amqp")
-            return Ack()
+            return self._once_audited(delivery, self._refusals.mark())
         verdicts: Sequence[Verdict]
         numbered = False
         try:
@@ -180,7 +195,21 @@ class Ingress:
             # Infrastructure pauses, anything else is tried again and parked. What was answered is answered again then.
             raise undecided
         # Never refused here, only taken later. What else the delivery held is a repeat then, and harmless.
-        return Wait(_FULL_WAIT_S) if full else Ack()
+        if full:
+            return Hold("the tenant has too many events under way", _UNDECIDED_WAIT_S)
+        if any(isinstance(verdict, Refusal) for verdict in verdicts):
+            return self._once_audited(delivery, self._refusals.mark())
+        return Ack()
+
+    def _once_audited(self, delivery: Delivery, mark: datetime) -> Settlement:
+        """Ack once the record that counts a refusal is confirmed; its second has to end first, and holds up nobody."""
+        if self._refusals.audited(mark):
+            self._unaudited.pop(id(delivery), None)
+            return Ack()
+        if len(self._unaudited) >= _MOST_UNAUDITED:  # of lost connections, whose deliveries come as others
+            self._unaudited.pop(next(iter(self._unaudited)))
+        self._unaudited[id(delivery)] = (delivery, mark)
+        return Hold("the refusal is not in the audit yet", _AUDIT_WAIT_S)
 
     async def _park(
         self, delivery: Delivery, scope: TenantScope | None, failure: Exception | None, first_failed_at: str
@@ -222,7 +251,14 @@ class Ingress:
         refused = [m for m, confirm in answers if confirm is Confirm.REFUSED and m.exchange in (DECISIONS, REJECTED)]
         if not all(arrived(message, confirm) or message in refused for message, confirm in answers):
             raise MessagingFailureError
-        await self._publish(*(delivery_message(message, 1, _DELIVERY_WAIT_MS) for message in refused))
+        rounds = [delivery_message(message, 1, _DELIVERY_WAIT_MS) for message in refused]
+        confirms = await self._publisher.publish(rounds) if rounds else ()
+        # A ladder that is full refuses too: decisions are in the feed, and a rejection has its audit record.
+        full = sum(confirm is Confirm.REFUSED for confirm in confirms)
+        if not all(confirm in (Confirm.CONFIRMED, Confirm.REFUSED) for confirm in confirms):
+            raise MessagingFailureError
+        if full:
+            log.warning("submission_answer_left", count=full)
 
 
 def check_envelope(delivery: Delivery, scope: TenantScope) -> Kind | Literal["label"]:

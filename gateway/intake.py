@@ -26,6 +26,7 @@ from contracts.failures import (
     InfrastructureError,
     InvalidMetadataError,
     MessagingFailureError,
+    QueueFullError,
     RiskfleetError,
     TenantIsolationError,
     UndecidedLimitError,
@@ -93,7 +94,8 @@ _NOT_CONFIRMED = {
 class Submission:
     """One event as a door received it. `scope` comes from the credential; `kind` from the path, if it names one.
 
-    `identity_header`: Idempotency-Key or AMQP message_id. Only a single HTTP POST may have its identity made.
+    `identity_header`: Idempotency-Key or AMQP message_id; not looked at for a CloudEvent, which names itself. Only a
+    single HTTP POST may have its identity made.
     `correlation_id` and `traceparent` are the sender's own, or None: then a CloudEvent's, else the bound ones, hold.
     A CloudEvent is either `structured`, or has its `attributes` beside the body (binary mode).
     `fallback_identity` is used when the event names none in any other way.
@@ -347,7 +349,8 @@ class Intake:
         confirm = await self._publishing.setdefault(queue, Gathered(self._publish_carriers)).one(entry)
         if confirm is not Confirm.CONFIRMED:
             await self._forgo(entry)
-            raise MessagingFailureError(_NOT_CONFIRMED[confirm])
+            failure = QueueFullError if confirm is Confirm.REFUSED else MessagingFailureError
+            raise failure(_NOT_CONFIRMED[confirm])
 
     async def _publish_carriers(self, entries: Sequence[Entry]) -> list[Confirm]:
         """Entries of one queue, as few messages as they need; each shares its carrier's confirm."""
@@ -404,7 +407,8 @@ def _event(submission: Submission, document: Any) -> Event:
 
 
 def _identity(submission: Submission, envelope: Envelope, event: Event) -> str | None:
-    header = submission.identity_header
+    # A CloudEvent names itself. Its message_id or Idempotency-Key is its transport's, and another one at each door.
+    header = submission.identity_header if envelope.identity is None else None
     if header is not None and not _is_key(header):
         raise _unusable_key()
     if event.id is not None and header is not None and event.id != header:

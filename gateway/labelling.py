@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from contracts.failures import MessagingFailureError, RiskfleetError, classify
+from contracts.failures import MessagingFailureError, QueueFullError, RiskfleetError, classify
 from contracts.labels import Label, parse_label
 from contracts.messages import label_message
 from contracts.ports import Clock, Confirm, Publisher, Telemetry
@@ -50,7 +50,8 @@ class LabelDesk:
             label = parse_label(scope, parse_json(body), rfc3339(self._clock.now()))
             (confirm,) = await self._publisher.publish((label_message(label),))
             if confirm is not Confirm.CONFIRMED:
-                raise MessagingFailureError(_NOT_CONFIRMED[confirm])
+                failure = QueueFullError if confirm is Confirm.REFUSED else MessagingFailureError
+                raise failure(_NOT_CONFIRMED[confirm])
         except RiskfleetError as error:
             self._refusals.note(scope, error, door)
             self._measure(door, "refused" if classify(error).status < 500 else "unavailable")

@@ -2,7 +2,8 @@
 
 One audit record per (tenant, problem, door, second) with a count: a sender that hammers a door cannot
 write the audit full. A record of a closed second never changes, so sending it again is harmless.
-Counts that were not yet flushed are lost when the process dies; the sender was told in any case.
+Counts that were not yet flushed are lost when the process dies, unless a door waits for them: the AMQP door keeps a
+refused delivery until the record that counts it is confirmed (`mark`, `audited`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -53,6 +54,7 @@ class RefusalCounter:
         self._counts: dict[tuple[_Source, datetime], int] = {}
         self._last: dict[_Source, datetime] = {}
         self._open_from: datetime | None = None
+        self.latest: datetime | None = None
 
     def note(self, scope: TenantScope | None, problem: str, door: str, now: datetime) -> None:
         """Count one refusal; `scope` None is the system chain."""
@@ -63,6 +65,7 @@ class RefusalCounter:
         if len(self._counts) >= self._policy.max_open:
             second = self._last.get(source, second)
         self._last[source] = second
+        self.latest = second if self.latest is None else max(second, self.latest)
         self._counts[source, second] = self._counts.get((source, second), 0) + 1
 
     def take(self, now: datetime, *, final: bool = False) -> tuple[AuditRecord, ...]:
@@ -98,6 +101,7 @@ class RefusalLog:
         self._clock = clock
         self._partitions = partitions
         self._pending: tuple[AuditRecord, ...] = ()
+        self._taken = self._through = datetime.min.replace(tzinfo=UTC)
 
     def note(self, scope: TenantScope | None, error: RiskfleetError, door: str, *, audited: bool = True) -> None:
         """Count a refusal by its problem. A 503 is no refusal to audit: nobody decided anything."""
@@ -111,12 +115,24 @@ class RefusalLog:
         if audited and row.status < 500:
             self._counter.note(scope, row.problem, door, self._clock.now())
 
+    def mark(self) -> datetime:
+        """The second by whose record everything that was noted so far is counted."""
+        return self._counter.latest or self._through
+
+    def audited(self, mark: datetime) -> bool:
+        """Whether the records up to a mark are confirmed on their way to the audit."""
+        return mark < self._through
+
     async def flush(self, *, final: bool = False) -> int:
         """Publish the records of closed seconds; returns how many still wait for a confirm."""
         if not self._pending or final:  # while the broker is away nothing is closed, so memory stays bounded
-            self._pending += self._counter.take(self._clock.now(), final=final)
+            now = self._clock.now()
+            self._pending += self._counter.take(now, final=final)
+            self._taken = max(self._taken, now.replace(microsecond=0) + (_SECOND if final else timedelta()))
+        taken = self._taken
         messages = audit_message(self._pending, self._partitions)
         if not messages:
+            self._through = taken
             return 0
         try:
             confirms: Sequence[Confirm] = await self._publisher.publish(messages)
@@ -124,6 +140,7 @@ class RefusalLog:
             return len(self._pending)
         if all(confirm is Confirm.CONFIRMED for confirm in confirms):
             self._pending = ()
+            self._through = taken
         return len(self._pending)
 
     async def run(self, stop: asyncio.Event) -> None:

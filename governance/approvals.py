@@ -10,7 +10,7 @@ person's decision keeps the one of the revision that it answers, since what was 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -34,6 +34,8 @@ PERSON_REJECTED: Final = "PERSON_REJECTED"
 APPROVAL_EXPIRED: Final = "APPROVAL_EXPIRED"
 
 _HIGH_RISK: Final = "HIGH_RISK"
+_HOLDS: Final = frozenset({"HALTED", "AUTO_REJECT_OFF"})
+"""Reasons of a decision that only a person may lift."""
 _YEAR_S: Final = 31_536_000
 
 
@@ -65,9 +67,10 @@ def _not_negative(value: str) -> str:
 class ApprovalPolicy(BaseModel):
     """A tenant's rules for approvals; times are seconds from the opening.
 
-    After `sla_s` an approval is overdue; after `expiry_s` (0: never) it is decided as `expiry_outcome`. Amounts whose
-    size is at or above `four_eyes_amount` need two people. It is compared as a number, whatever the currency: a tenant
-    with several currencies sets it for the one whose unit is worth most.
+    After `sla_s` an approval is overdue; after `expiry_s` (0: never) it is decided as `expiry_outcome`, except that
+    nothing is approved so that `for_people_only` leaves to people: that waits for one. Amounts whose size is at or
+    above `four_eyes_amount` need two people. It is compared as a number, whatever the currency: a tenant with several
+    currencies sets it for the one whose unit is worth most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -108,16 +111,19 @@ def opening(state: EventState, decision: Decision, policy: ApprovalPolicy, at: d
     """The approval about a decision, opened at `at` under a tenant's policy."""
     amount = None if state.event.amount is None else Decimal(state.event.amount.value)
     limit = policy.four_eyes_amount
+    reasons = tuple(reason.code for reason in decision.reasons)
+    needed = 2 if amount is not None and limit is not None and abs(amount) >= Decimal(limit) else 1
+    expires = policy.expiry_s and not for_people_only(reasons, policy.expiry_outcome, needed)
     return Opening(
         kind=state.KIND,
-        reasons=tuple(reason.code for reason in decision.reasons),
+        reasons=reasons,
         priority=priority(state, decision),
         amount=amount,
         currency=None if state.event.amount is None else state.event.amount.currency,
         due_at=at + timedelta(seconds=policy.sla_s),
-        expires_at=at + timedelta(seconds=policy.expiry_s) if policy.expiry_s else None,
+        expires_at=at + timedelta(seconds=policy.expiry_s) if expires else None,
         expiry_outcome=policy.expiry_outcome,
-        approvers_needed=2 if amount is not None and limit is not None and abs(amount) >= Decimal(limit) else 1,
+        approvers_needed=needed,
     )
 
 
@@ -174,6 +180,13 @@ def expire(decision: Decision, outcome: Outcome, at: str) -> Decision:
     """What the tenant's policy says when nobody decided in time: revision n + 1, decided by the pipeline."""
     text = f"Nobody decided in time; this tenant's policy then says {outcome}"
     return _next(decision, outcome, "pipeline", Reason(code=APPROVAL_EXPIRED, text=text, weight=0.0), at, {})
+
+
+def for_people_only(reasons: Collection[str], outcome: str, approvers_needed: int, *, halted: bool = False) -> bool:
+    """Whether time alone may not decide so: nothing approves by itself what a halt, a tenant that rejects nothing
+    without a person, or four eyes have held. `halted`: a halt holds now, whatever held at the opening.
+    """
+    return outcome == Outcome.APPROVED and (halted or approvers_needed > 1 or not _HOLDS.isdisjoint(reasons))
 
 
 def check_revision(current: int, named: int) -> None:

@@ -29,7 +29,7 @@ from pamqp.commands import Basic
 
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Confirm, Delivery, Message
-from contracts.settlement import Ack, Pause, Settlement, Wait
+from contracts.settlement import Ack, Hold, Pause, Settlement
 from contracts.topology import reply_queue
 from resilience.replies import ReplyBoard
 
@@ -40,6 +40,8 @@ Probe = Callable[[], Awaitable[None]]
 
 _CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
 _START_S = 15.0
+_FINISH_S, _RELEASE_S, _CLOSE_S = 8.0, 2.0, 4.0
+"""How long a stop waits for the group in hand, for a stuck one to let go, and for the connection to close (s)."""
 _REPLIES = 10_000
 """Copies of decisions that may wait for a process to read them; the oldest are dropped beyond that."""
 
@@ -146,16 +148,22 @@ class RabbitPublisher:
     async def close(self) -> None:
         """Close the connection."""
         if self._connection is not None:
-            await self._connection.close()
+            with contextlib.suppress(*_CLIENT_ERRORS):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._connection.close()
 
 
 @dataclass(frozen=True, slots=True)
 class PausePolicy:
-    """How a consumer behaves while a server fails (seconds): probe intervals, and when deliveries go back."""
+    """How a consumer behaves while a server fails (seconds): probe intervals, and when deliveries go back.
+
+    `hold_s` is how long one delivery that has to wait alone is kept: a return counts as a delivery on a quorum queue.
+    """
 
     first_probe_s: float = 0.2
     longest_probe_s: float = 2.0
     return_after_s: float = 300.0
+    hold_s: float = 1_200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +184,7 @@ class ConsumerPolicy:
 class _Held:
     delivery: Delivery
     message: RabbitMessage
+    since: float = 0.0
 
 
 class RabbitConsumer:
@@ -316,12 +325,23 @@ class RabbitConsumer:
         for held, settlement in zip(group, settled, strict=True):
             if isinstance(settlement, Ack):
                 await _ack(held)
-            elif isinstance(settlement, Wait):
-                asyncio.get_running_loop().call_later(settlement.seconds, self._waiting.put_nowait, held)
+            elif isinstance(settlement, Hold):
+                await self._hold(held, settlement)
             else:
                 left.append(held)
                 self.paused_reason = settlement.reason
         return left
+
+    async def _hold(self, held: _Held, hold: Hold) -> None:
+        """Put one aside: its queue's prefetch is what it takes away, and all others go on."""
+        loop = asyncio.get_running_loop()
+        held.since = held.since or loop.time()
+        if loop.time() - held.since > self._policy.pause.hold_s:
+            with contextlib.suppress(*_CLIENT_ERRORS):  # below the time after which the broker closes the channel
+                await held.message.raw_message.nack(requeue=True)
+            return
+        log.info("delivery.held", queue=held.delivery.queue, reason=hold.reason)
+        loop.call_later(hold.seconds, self._waiting.put_nowait, held)
 
     async def _pause(self, group: list[_Held]) -> list[_Held]:
         """Wait until the probe answers; give the deliveries back when that takes too long."""
@@ -367,8 +387,9 @@ class RabbitConsumer:
         if self._watcher is not None:
             self._watcher.cancel()
         if self._loop is not None:
-            await asyncio.wait({self._loop}, timeout=10)
+            await asyncio.wait({self._loop}, timeout=_FINISH_S)
             self._loop.cancel()
+            await asyncio.wait({self._loop}, timeout=_RELEASE_S)  # a group that is stuck still gives its locks back
         broker, self._broker = self._broker, None
         if broker is not None:
             await _close(broker)
@@ -487,7 +508,7 @@ async def _start(broker: RabbitBroker) -> None:
 async def _close(broker: RabbitBroker) -> None:
     """Close a broker's connection; one that is gone already may answer with any error, or never."""
     with contextlib.suppress(*_CLIENT_ERRORS):
-        async with asyncio.timeout(_START_S):
+        async with asyncio.timeout(_CLOSE_S):
             await broker.stop()
 
 

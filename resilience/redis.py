@@ -1,6 +1,6 @@
-"""Redis: the current version, lock and stored output of each event, and the heartbeats of processes.
+"""Redis: the current version, lock and stored output of each event, the heartbeats of processes, and rate limits.
 
-Every change is one Lua script, and every script may be repeated: the lock token is the command's id.
+Every change is one Lua script, and every script but `limit` may be repeated: the lock token is the command's id.
 Promises fencing by token equality: after a takeover, or after FLUSHALL, the old holder's `advance`
 answers False. Does not promise durability: PostgreSQL and the messages carry what Redis forgets.
 
@@ -47,6 +47,7 @@ from contracts.ports import (
 )
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
+from resilience.limiter import Allowance, Observe, Take, ignore, refused
 
 _STATUS_OF_VERSION = {version: status for status, version in VERSION_OF.items() if version < FINAL_VERSION}
 
@@ -258,6 +259,11 @@ class RedisStateStore:
         async with _translated():
             return str((await self._client.info("server"))["redis_version"])
 
+    async def memory_bytes(self) -> int:
+        """`used_memory` of the server."""
+        async with _translated():
+            return int((await self._client.info("memory"))["used_memory"])
+
     async def script_round_trip_ms(self) -> float:
         """Run a script over a key that does not exist; returns how long it took (ms)."""
         began = asyncio.get_running_loop().time()
@@ -268,6 +274,40 @@ class RedisStateStore:
         """Close every connection."""
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
+
+
+class RedisLimiter:
+    """Limiter on one Redis or Valkey server; the time is the server's, so clocks of processes do not matter.
+
+    One script call for all takes. `per_slot` makes one call per virtual slot instead, as a Redis Cluster needs: there
+    takes of different slots do not happen at one moment, and one slot's failure fails the whole question.
+    """
+
+    def __init__(self, client: aioredis.Redis, observe: Observe = ignore, *, per_slot: bool = False) -> None:
+        """Loads the script's text; connects on first use."""
+        self._observe = observe
+        self._per_slot = per_slot
+        self._script = client.register_script((files("resilience") / "scripts" / "limit.lua").read_text())
+
+    async def take(self, takes: Sequence[Take]) -> Sequence[Allowance]:
+        """One answer per take, in order. Raises StateStoreError, which does not say whether the takes were counted."""
+        groups: dict[int, list[int]] = {}
+        for place, take in enumerate(takes):
+            groups.setdefault(take.scope.slot if self._per_slot else 0, []).append(place)
+        rows: dict[int, Sequence[int]] = {}
+        for places in groups.values():
+            rows.update(zip(places, await self._run([takes[place] for place in places]), strict=True))
+        answers = [Allowance(rows[place][0] == 1, rows[place][1], rows[place][2]) for place in range(len(takes))]
+        for take, answer in zip(takes, answers, strict=True):
+            if not answer.allowed:
+                self._observe(refused(take))
+        return answers
+
+    async def _run(self, takes: Sequence[Take]) -> Sequence[Sequence[int]]:
+        args = [number for take in takes for number in (take.cost, take.limit.interval_us, take.limit.span_us)]
+        async with _translated():
+            found: Sequence[Sequence[int]] = await self._script(keys=[take.key for take in takes], args=args)
+        return found
 
 
 @dataclass(slots=True)

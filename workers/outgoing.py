@@ -2,7 +2,8 @@
 
 Promises: `publish` returns only after the broker has answered for everything that a wave owes; until then nothing
 may be acked. A message to upstream that the broker does not take, while it takes all else, goes round the delivery
-ladder and holds up no stage: what it says stands in PostgreSQL already. Copies for waiting callers are sent once and
+ladder and holds up no stage: what it says stands in PostgreSQL already, so that even a ladder that is full only leaves
+it, counted, to the feed. Copies for waiting callers are sent once and
 never counted. Builds no stage's messages and acks nothing.
 """
 
@@ -120,12 +121,26 @@ class Outgoing:
         """
         if any(message.exchange not in UPSTREAM for message in unconfirmed):
             raise MessagingFailureError(f"{len(unconfirmed)} messages were not confirmed")
-        rounds = [delivery_message(message, 1, DELIVERY_WAITS_MS[0]) for message in unconfirmed]
-        confirms = await self._publisher.publish(rounds)
-        if not all(arrived(message, confirm) for message, confirm in zip(rounds, confirms, strict=True)):
+        left = await send_round(self._publisher, unconfirmed, self._telemetry)
+        if left:
             raise MessagingFailureError("the delivery ladder did not confirm a message to upstream")
-        log.warning("decision.undelivered", count=len(rounds))
-        self._telemetry.record(Measurement(DELIVERIES, len(rounds), {"result": "again"}))
+
+
+async def send_round(publisher: Publisher, messages: Sequence[Message], telemetry: Telemetry) -> list[Message]:
+    """Send undelivered messages to the first rung of the delivery ladder; those that it did not answer for.
+
+    A rung that is full refuses: that is an answer, and the message is left to the feed.
+    """
+    rounds = [delivery_message(message, 1, DELIVERY_WAITS_MS[0]) for message in messages]
+    confirms = await publisher.publish(rounds)
+    answers = list(zip(messages, rounds, confirms, strict=True))
+    refused = sum(confirm is Confirm.REFUSED for confirm in confirms)
+    unknown = [m for m, sent, confirm in answers if confirm is not Confirm.REFUSED and not arrived(sent, confirm)]
+    for result, count in (("again", len(rounds) - refused - len(unknown)), ("left", refused)):
+        if count:
+            log.warning("decision.undelivered", count=count, reason=result)
+            telemetry.record(Measurement(DELIVERIES, count, {"result": result}))
+    return unknown
 
 
 def _unique(records: Iterable[AuditRecord]) -> list[AuditRecord]:

@@ -22,7 +22,7 @@ import structlog
 from contracts.codec import Entry, entry_of, state_from_bytes
 from contracts.failures import DatabaseError, InfrastructureError, InvalidWorkflowStateError
 from contracts.lifecycle import FINAL_VERSION, Status
-from contracts.messages import ladder_message, stage_message
+from contracts.messages import ladder_message, next_probe, probe_of, stage_message
 from contracts.ports import (
     Advance,
     Claim,
@@ -122,8 +122,11 @@ class StageRunner:
         """Settle some deliveries together. Never raises for what an entry contains."""
         began = self._ports.clock.monotonic()
         try:
-            alone, together, wave = [], [], Wave()
+            alone, together, wave, behind = [], [], Wave(), Wave()
             for delivery in deliveries:
+                if (sent_at := probe_of(delivery)) is not None:
+                    behind.messages.append(next_probe(self._stage, delivery, sent_at))
+                    continue
                 entries = self._failures.unpack(delivery, wave)
                 if any(entry.header.suspect for entry in entries):
                     alone += entries
@@ -136,6 +139,7 @@ class StageRunner:
                 await self._isolated(group)
             for entry in alone:
                 await self._run_alone(entry)
+            await self._outgoing.publish(behind)  # a probe overtakes nothing that this process was given before it
         except InfrastructureError as error:
             log.warning("stage.paused", stage=self._stage, exception_class=type(error).__name__, reason=error.detail)
             return [Pause(type(error).__name__)] * len(deliveries)

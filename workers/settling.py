@@ -1,7 +1,8 @@
 """What becomes of an entry that failed: the retry ladder or the parked queue.
 
-Pure: the policy is frozen, the time is an argument, and the answer is a value. Only an entry's own
-failure counts as an attempt; failing servers pause the consumer instead and never come here.
+Pure: the policy is frozen, the time is an argument, and the answer is a value. How long it waits is
+`resilience.retry`'s to say. Only an entry's own failure counts as an attempt; failing servers pause
+the consumer instead and never come here.
 """
 
 from __future__ import annotations
@@ -11,17 +12,13 @@ from dataclasses import dataclass
 
 from contracts.codec import Entry, encode_carrier
 from contracts.events import canonical_json
-from contracts.failures import Disposition, classify, fingerprint
+from contracts.failures import classify, fingerprint
 from contracts.ports import DeadLetter
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
+from resilience.retry import RetryPolicy, ladder_wait
 
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Waits (ms) before attempt 2, 3, …; an entry that failed once more than there are waits is parked."""
-
-    waits_ms: tuple[int, ...] = (1_000, 5_000, 15_000, 30_000)
+__all__ = ["Park", "Retry", "RetryPolicy", "after_failure", "park", "park_bytes", "record_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +40,10 @@ class Park:
 def after_failure(entry: Entry, error: BaseException, policy: RetryPolicy, now: str) -> Retry | Park:
     """RETRY while the error's disposition allows it and waits are left, else PARK."""
     h = entry.header
-    if classify(error).disposition is Disposition.RETRY and h.attempts < len(policy.waits_ms):
-        counted = entry.evolve(attempts=h.attempts + 1, first_failed_at=h.first_failed_at or now)
-        return Retry(counted, policy.waits_ms[h.attempts])
-    return park(entry, error, now)
+    delay_ms = ladder_wait(error, h.attempts, policy)
+    if delay_ms is None:
+        return park(entry, error, now)
+    return Retry(entry.evolve(attempts=h.attempts + 1, first_failed_at=h.first_failed_at or now), delay_ms)
 
 
 def park(entry: Entry, error: BaseException, now: str) -> Park:

@@ -50,6 +50,7 @@ GRANTS: Final[Mapping[str, str]] = {
     "registry_active": "SELECT, INSERT, UPDATE (name, version, activated_at, activated_by), DELETE",
     "registry_activations": "SELECT, INSERT",
     "halts": "SELECT, INSERT, UPDATE, DELETE",
+    "probes": "SELECT, INSERT, UPDATE",
     "tenants": "SELECT, INSERT, UPDATE",
     "users": "SELECT, INSERT, UPDATE",
     "memberships": "SELECT, INSERT, DELETE",

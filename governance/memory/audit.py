@@ -26,7 +26,7 @@ from governance.audit import (
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.ledger import DECISIONS, StoredDecision
 from governance.postgres.audit import AuditReport
-from governance.postgres.engine import clean
+from governance.postgres.engine import clean, moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,12 @@ class MemoryAuditLog:
 
     def __init__(self, database: MemoryDatabase) -> None:
         self._database = database
+        self.probes: dict[int, datetime] = {}
+
+    async def probed(self, partition: int, sent_at: str) -> None:
+        """Note that a probe sent at that time (RFC 3339) has come through a partition; the latest stays."""
+        at = moment(sent_at)
+        self.probes[partition] = max(self.probes.get(partition, at), at)
 
     async def append(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
         """Append each record once, in one transaction; by position, False = it was already there (or twice here)."""

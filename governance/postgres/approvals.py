@@ -54,6 +54,7 @@ from governance.approvals import (
     check_revision,
     checked_reason,
     expire,
+    for_people_only,
     measure,
     opening,
     parse_decision,
@@ -104,10 +105,16 @@ _HOLD_DUE: Final = text(
 )
 _DUE: Final = text(
     """
-    SELECT tenant, event_id FROM approvals WHERE status = 'open' AND expires_at <= :now
+    SELECT tenant, event_id, expires_at FROM approvals
+     WHERE status = 'open' AND expires_at <= :now
+       AND (CAST(:after AS timestamptz) IS NULL OR (expires_at, tenant, event_id) > (:after, :tenant, :event_id))
      ORDER BY expires_at, tenant, event_id LIMIT :limit
     """
 )
+_LEAVE_TO_PEOPLE: Final = text(
+    "UPDATE approvals SET expires_at = NULL WHERE tenant = :tenant AND event_id = :event_id AND revision = :revision"
+)
+_HALTED: Final = text("SELECT EXISTS (SELECT FROM halts WHERE tenant = ANY (ARRAY[:tenant, '*']))")
 _VOTES: Final = text(
     """
     SELECT person, vote, reason, voted_at FROM approval_votes
@@ -478,13 +485,22 @@ class Approvals:
     async def expire_due(self, limit: int = 100) -> int:
         """Decide what nobody decided in time as each tenant's policy said; returns how many were decided.
 
-        Of the `limit` that are due longest, each in a transaction of its own; what somebody is working on at this
-        moment is left to the next round. Until then a person may still decide.
+        Those that are due longest first, `limit` at a time, each in a transaction of its own; what somebody is working
+        on at this moment is left to the next round, and what cannot expire keeps none behind it. Until then a person
+        may still decide.
         """
         scopes = {scope.tenant_id: scope for scope in await tenant_ids(self._engine)}
-        async with transaction(self._engine, scopes.values()) as connection:
-            values = {"now": self._clock.now(), "limit": limit}
-            due = [(scopes[row.tenant], row.event_id) for row in await connection.execute(_DUE, values)]
+        values: dict[str, Any] = {"now": self._clock.now(), "limit": limit, "after": None, "tenant": "", "event_id": ""}
+        expired = 0
+        while True:
+            async with transaction(self._engine, scopes.values()) as connection:
+                due = (await connection.execute(_DUE, values)).all()
+            expired += await self._expire_all([(scopes[row.tenant], row.event_id) for row in due])
+            if len(due) < limit:
+                return expired
+            values |= {"after": due[-1].expires_at, "tenant": due[-1].tenant, "event_id": due[-1].event_id}
+
+    async def _expire_all(self, due: Sequence[tuple[TenantScope, str]]) -> int:
         expired = 0
         for scope, event_id in due:
             try:
@@ -510,6 +526,11 @@ class Approvals:
                 return False
             held = _Held(connection, scope, row, now)
             outcome = Outcome(row.expiry_outcome)
+            halted = bool((await connection.execute(_HALTED, key)).scalar_one())
+            if for_people_only(row.reasons, outcome, row.approvers_needed, halted=halted):
+                await connection.execute(_LEAVE_TO_PEOPLE, held.key)
+                log.warning("approval_left_to_people", tenant=scope.tenant_id, event_id=event_id)
+                return False
             decision = await self._close(
                 held, lambda current: expire(current, outcome, held.at), None, APPROVAL_EXPIRED
             )

@@ -31,7 +31,7 @@ from governance.audit import (
     trail_gaps,
     verify_chain,
 )
-from governance.postgres.engine import clean, columns, transaction
+from governance.postgres.engine import clean, columns, moment, transaction
 
 # "C" is the order in which Python sorts; another collation here would let two sinks lock each other out.
 _LOCK_HEADS: Final = text(
@@ -121,6 +121,15 @@ class AuditReport:
     problem: str | None
 
 
+_PROBED: Final = text(
+    """
+    INSERT INTO probes (partition, sent_at, left_at) VALUES (:partition, :sent_at, :left_at)
+    ON CONFLICT (partition) DO UPDATE SET sent_at = excluded.sent_at, left_at = excluded.left_at
+     WHERE probes.sent_at < excluded.sent_at
+    """
+)
+
+
 class PostgresAuditLog:
     """The port AuditLog over the tables `audit_records` and `audit_heads`."""
 
@@ -128,6 +137,12 @@ class PostgresAuditLog:
         self._engine = engine
         self._clock = clock
         self._headed: set[str] = set()
+
+    async def probed(self, partition: int, sent_at: str) -> None:
+        """Note that a probe sent at that time (RFC 3339) has come through a partition; the latest stays."""
+        async with transaction(self._engine, ()) as connection:
+            values = {"partition": partition, "sent_at": moment(sent_at), "left_at": self._clock.now()}
+            await connection.execute(_PROBED, values)
 
     async def append(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
         """Append each record once, in one transaction; by position, False = it was already there (or twice here)."""

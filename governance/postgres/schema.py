@@ -94,6 +94,7 @@ events = Table(
     ),
     *(_at("occurred_at"), _at("received_at"), _text("correlation_id"), _bytes("body")),
     PrimaryKeyConstraint("tenant", "event_id"),
+    Index("events_received", "tenant", "received_at"),
     Index("events_subject", "tenant", "subject_type", "subject_id", "occurred_at"),
 )
 
@@ -321,6 +322,13 @@ halts = Table(
     metadata,
     *(_text("tenant"), _said("model", "*"), _text("reason"), _text("set_by"), _at("set_at")),
     PrimaryKeyConstraint("tenant", "model"),
+)
+
+probes = Table(
+    "probes",
+    metadata,
+    *(Column("partition", Integer, nullable=False, autoincrement=False), _at("sent_at"), _at("left_at")),
+    PrimaryKeyConstraint("partition"),
 )
 
 tenants = Table(

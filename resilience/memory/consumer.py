@@ -18,7 +18,7 @@ import structlog
 
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Delivery
-from contracts.settlement import Ack, Pause, Settlement, Wait
+from contracts.settlement import Ack, Hold, Pause, Settlement
 from resilience.memory.queue import Stored, Subscription, delivered_headers
 from resilience.memory.time import first_of
 from resilience.rabbit import ConsumerPolicy, Handler, Probe
@@ -65,9 +65,9 @@ class MemoryConsumer:
         self._connection: Connection | None = None
         self._loop: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._delayed: set[asyncio.Task[None]] = set()
         self._lost = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._holding: set[asyncio.Task[None]] = set()
         self.paused_reason: str | None = None
 
     async def start(self) -> None:
@@ -179,10 +179,8 @@ class MemoryConsumer:
         left: list[_Held] = []
         acked: dict[Subscription, list[int]] = {}
         for held, settlement in zip(group, settled, strict=True):
-            if isinstance(settlement, Wait):
-                task = asyncio.create_task(self._again(held, settlement.seconds), name="consumer-wait")
-                self._delayed.add(task)
-                task.add_done_callback(self._delayed.discard)
+            if isinstance(settlement, Hold):
+                self._hold(held, settlement)
             elif not isinstance(settlement, Ack):
                 left.append(held)
                 self.paused_reason = settlement.reason
@@ -192,10 +190,18 @@ class MemoryConsumer:
             self._memory.ack(subscription, tags)
         return left
 
-    async def _again(self, held: _Held, seconds: float) -> None:
-        await self._memory.sleep(seconds)
-        self._waiting.append(held)
-        self._bell.set()
+    def _hold(self, held: _Held, hold: Hold) -> None:
+        """Put one aside: its queue's prefetch is what it takes away, and all others go on."""
+
+        async def later() -> None:
+            await self._memory.sleep(hold.seconds)
+            if held.connection.alive:
+                self._waiting.append(held)
+                self._bell.set()
+
+        task = asyncio.ensure_future(later())
+        self._holding.add(task)
+        task.add_done_callback(self._holding.discard)
 
     async def _pause(self, group: list[_Held]) -> list[_Held]:
         """Wait until the probe answers; give the deliveries back when that takes too long."""
@@ -226,6 +232,8 @@ class MemoryConsumer:
         if connection is not None:
             self._memory.disconnect(connection)
         self._waiting.clear()
+        for task in self._holding:
+            task.cancel()
 
     async def join(self) -> None:
         """Runs as long as the consumer does; raises what ended it, so that a role never looks alive while it is not."""
@@ -243,13 +251,11 @@ class MemoryConsumer:
         if self._loop is not None:
             await first_of(asyncio.wait({self._loop}), self._memory.sleep(_STOP_S))
             self._loop.cancel()
-        for task in tuple(self._delayed):
-            task.cancel()
         self._give_back()
 
     def kill(self) -> None:
         """The process is gone: nothing more is settled, what it held goes back to the queues, counted."""
         self._give_back()
-        for task in (self._loop, self._watcher, *self._delayed):
+        for task in (self._loop, self._watcher):
             if task is not None:
                 task.cancel()

@@ -12,7 +12,7 @@ import pytest
 from contracts.codec import Entry, EntryHeader, encode_carrier
 from contracts.failures import MessagingFailureError, StateStoreError
 from contracts.ports import Confirm, Delivery, Message, Publisher
-from contracts.settlement import Ack, Pause, Settlement, Wait, undelivered_letters
+from contracts.settlement import Ack, Hold, Pause, Settlement, undelivered_letters
 from contracts.topology import Binding, Exchange, Policy, Queue, Topology
 from resilience.rabbit import PausePolicy
 from tests.conformance.conftest import Brokers, Consumer
@@ -514,7 +514,7 @@ async def test_a_delivery_that_waits_comes_again_unreturned_and_holds_up_no_othe
     full = [True]
 
     def settle(group: Sequence[Delivery]) -> Sequence[Settlement]:
-        return [Wait(0.05) if d.queue == A and full else Ack() for d in group]
+        return [Hold("full", 0.05) if d.queue == A and full else Ack() for d in group]
 
     box = Inbox(settle=settle)
     await publish(publisher, messages(5))
@@ -527,6 +527,28 @@ async def test_a_delivery_that_waits_comes_again_unreturned_and_holds_up_no_othe
     await brokers.until("all came in", lambda: set(box.bodies()) == {f"body {n}".encode() for n in range(5)})
     assert not any(d.redelivered for d in box.got)
     assert consumer.paused_reason is None
+
+
+async def test_a_delivery_that_is_held_waits_alone_and_is_given_again(brokers: Brokers) -> None:
+    """Others go on meanwhile, of its queue and of others; a consumer that dies loses nothing of it."""
+    publisher = await brokers.publisher()
+    full = {b"body 0"}
+
+    def settle(group: Sequence[Delivery]) -> Sequence[Settlement]:
+        return [Hold("full", 0.05) if delivery.body in full else Ack() for delivery in group]
+
+    box = Inbox(settle=settle)
+    consumer = await brokers.consumer([A, B], box.handle)
+    await publish(publisher, [message(0), *messages(3, B, first=1), message(4)])
+    await brokers.until("the others are done", lambda: {b"body 4", b"body 3"} <= {d.body for d in box.got})
+    await brokers.until("given again", lambda: box.bodies().count(b"body 0") >= 3)
+    assert consumer.paused_reason is None
+    assert Counter(d.body for d in box.got if d.body not in full) == {f"body {i}".encode(): 1 for i in (1, 2, 3, 4)}
+    assert len({id(d) for d in box.got if d.body in full}) == 1  # the very same delivery
+    await brokers.kill(consumer)
+    other = await inbox(brokers, A)
+    await brokers.until("another has it", lambda: bool(other.got))
+    assert other.bodies() == [b"body 0"]
 
 
 async def test_a_long_pause_gives_the_deliveries_to_others(brokers: Brokers, size: int) -> None:

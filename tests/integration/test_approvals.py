@@ -453,6 +453,63 @@ async def test_an_expiry_and_a_person_at_the_same_moment_are_one_decision(room: 
     assert len({message.message_id for message in await room.messages()}) == 20
 
 
+@pytest.mark.parametrize("held", ["halt", "halt everywhere", "four eyes", "auto_reject off", "halted when decided"])
+async def test_time_alone_approves_nothing_that_was_held_for_a_person(room: Room, held: str) -> None:
+    """Fail closed: it stays open for people, and out of the way of those that may expire."""
+    await set_policy(room, expiry_s=50, expiry_outcome="APPROVED")
+    late = await room.waiting("late")
+    key = {"e": late.event_id}
+    changes = {
+        "four eyes": "approvers_needed = 2",
+        "auto_reject off": "reasons = ARRAY['AUTO_REJECT_OFF']",
+        "halted when decided": "reasons = ARRAY['R1', 'HALTED']",
+    }
+    where = "*" if held == "halt everywhere" else room.scope.tenant_id
+    if held in changes:
+        await rows(
+            room.engine, [room.scope], f"UPDATE approvals SET {changes[held]} WHERE event_id = :e RETURNING 1", **key
+        )
+    else:
+        await halt(room, where)
+    try:
+        assert await room.approvals.expire_due() == 0
+    finally:
+        await halt(room, where, clear=True)
+    assert len(await room.revisions(late.event_id)) == 1
+    (row,) = await rows(
+        room.engine, [room.scope], "SELECT status, expires_at FROM approvals WHERE event_id = :e", **key
+    )
+    assert (row.status, row.expires_at) == ("open", None)
+
+
+async def test_approvals_that_cannot_expire_do_not_starve_those_behind_them(room: Room, database: ServerUrls) -> None:
+    await set_policy(room, expiry_s=50)
+    broken = [await room.waiting(f"broken-{i}") for i in range(3)]
+    sound = await room.waiting("sound")
+    ids = [state.event_id for state in broken]
+    owner = create_engine(database.migration_database, pool_size=1)
+    await rows(
+        owner, [room.scope], "UPDATE decisions SET decision = '{}' WHERE event_id = ANY(:ids) RETURNING 1", ids=ids
+    )
+    await owner.dispose()
+    earlier = "UPDATE approvals SET expires_at = expires_at - interval '1 day' WHERE event_id = ANY(:ids) RETURNING 1"
+    await rows(room.engine, [room.scope], earlier, ids=ids)
+    await room.approvals.expire_due(limit=2)
+    assert len(await room.revisions(sound.event_id)) == 2
+    later = "UPDATE approvals SET expires_at = NULL WHERE event_id = ANY(:ids) RETURNING 1"
+    await rows(room.engine, [room.scope], later, ids=ids)
+
+
+async def halt(room: Room, where: str, *, clear: bool = False) -> None:
+    """Set or clear a halt of a tenant, or everywhere (*)."""
+    async with transaction(room.engine, [room.scope], shared=True) as connection:
+        if clear:
+            await connection.execute(text("DELETE FROM halts WHERE tenant = :tenant"), {"tenant": where})
+        else:
+            sql = "INSERT INTO halts (tenant, reason, set_by, set_at) VALUES (:tenant, 'test', 'test', now())"
+            await connection.execute(text(sql), {"tenant": where})
+
+
 async def test_one_approval_that_cannot_be_read_does_not_keep_the_others_open(room: Room, database: ServerUrls) -> None:
     await set_policy(room, expiry_s=50)
     broken, sound = await room.waiting("broken"), await room.waiting("sound")

@@ -294,6 +294,7 @@ OF_NO_TENANT = {
     "memberships",
     "api_keys",
     "replay_pace",  # one row, the pace of the whole installation
+    "probes",  # of partitions
     "registry_transitions",  # the rules themselves: the same for everybody, and only the owner may write them
 }
 

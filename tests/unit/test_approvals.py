@@ -198,6 +198,17 @@ def test_times_are_counted_from_the_opening_and_zero_never_expires() -> None:
     assert opening(state(), decision(), ApprovalPolicy(expiry_s=0), NOW).expires_at is None
 
 
+@pytest.mark.parametrize("code", ["HALTED", "AUTO_REJECT_OFF"])
+def test_what_is_held_for_people_never_expires_into_an_approval(code: str) -> None:
+    held = decision(reasons=(Reason(code=code, text="held", weight=0),))
+    approving, rejecting = ApprovalPolicy(expiry_outcome="APPROVED"), ApprovalPolicy()
+    assert opening(state(), held, approving, NOW).expires_at is None
+    assert opening(state(), held, rejecting, NOW).expires_at is not None
+    assert opening(state(), decision(), approving, NOW).expires_at is not None
+    four_eyes = ApprovalPolicy(expiry_outcome="APPROVED", four_eyes_amount="0")
+    assert opening(state(), decision(), four_eyes, NOW).expires_at is None
+
+
 def test_each_step_of_priority_outweighs_everything_below_it() -> None:
     high: dict[str, Any] = {"regulatory_flags": [{"code": "PEP", "level": "high"}]}
     risky = decision(score=0, reasons=(Reason(code="HIGH_RISK", text="prior", weight=0),))

@@ -316,11 +316,12 @@ async def test_one_event_in_both_modes_is_one_event_with_one_digest() -> None:
     [
         ("own", None, "own"),
         ("own", "own", "own"),
-        (None, "key", "key"),
+        ("own", "key", "own"),
+        (None, "key", "/shop/tills|A-7"),
         (None, None, "/shop/tills|A-7"),
     ],
 )
-async def test_the_events_own_id_wins_then_the_header_then_source_and_id(
+async def test_the_events_own_id_wins_then_source_and_id_whatever_the_header_says(
     body_id: str | None, header: str | None, identity: str
 ) -> None:
     data = DATA | ({"id": body_id} if body_id else {})

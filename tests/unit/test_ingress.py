@@ -20,10 +20,11 @@ from contracts.failures import DatabaseError
 from contracts.lifecycle import Status
 from contracts.messages import label_from
 from contracts.ports import Confirm, DecisionRow, Delivery, TenantProfile
-from contracts.settlement import Ack, Pause, Settlement, letter_from
+from contracts.settlement import Ack, Hold, Pause, Settlement, letter_from
 from contracts.tenancy import TenantScope
 from contracts.topology import DECISIONS, LABELS_QUEUE, REJECTED, WORK, audit_queue, parked_queue, stage_queue
 from gateway.ingress import MAX_DELIVERIES, Ingress, delivered_too_often
+from gateway.intake import Admission, Submission
 from gateway.labelling import LabelDesk
 from tests.fakes import DoorParts, InMemoryLedger, event_body
 
@@ -46,7 +47,17 @@ def ingress_on(parts: DoorParts) -> Ingress:
 
 
 async def settled(parts: DoorParts, *deliveries: Delivery) -> list[Settlement]:
-    return list(await ingress_on(parts).handle(deliveries))
+    """How they end; a refusal is kept until its second has ended and the record of it is confirmed."""
+    ingress = ingress_on(parts)
+    answers = list(await ingress.handle(deliveries))
+    held = [place for place, answer in enumerate(answers) if isinstance(answer, Hold) and "audit" in answer.reason]
+    if held:
+        parts.clock.step(1)
+        assert await parts.refusals.flush() == 0
+        again = await ingress.handle([deliveries[place] for place in held])
+        for place, answer in zip(held, again, strict=True):
+            answers[place] = answer
+    return answers
 
 
 def rejection(parts: DoorParts) -> dict[str, Any]:
@@ -81,9 +92,6 @@ async def test_a_message_of_no_known_broker_user_gets_no_document_but_a_record_o
 ) -> None:
     parts = DoorParts()
     assert await settled(parts, replace(SENT, user_id=user)) == [Ack()]
-    assert parts.publisher.messages == []
-    parts.clock.step(1)
-    await parts.refusals.flush()
     (message,) = parts.publisher.messages
     assert message.routing_key == audit_queue(0)
     (entry,) = decode_carrier(message.body)
@@ -115,7 +123,8 @@ async def test_a_refusal_is_answered_to_the_authenticated_tenant_only(delivery: 
     assert document["type"] == f"urn:riskfleet:problem:{problem}"
     assert document.get("message_id") == delivery.message_id
     assert document["correlation_id"] == "corr-1"
-    assert parts.publisher.to(WORK) == []
+    (record,) = parts.publisher.to(WORK)
+    assert record.routing_key == audit_queue(ACME.partition(4))
     assert parts.telemetry.count("riskfleet_refusals_total", door="amqp", problem=problem) == 1
 
 
@@ -144,11 +153,46 @@ async def test_an_event_that_is_not_confirmed_pauses_and_is_not_lost(answer: Con
     parts = DoorParts()
     parts.publisher.answers = [answer]
     (settlement,) = await settled(parts, SENT)
-    assert isinstance(settlement, Pause)
+    assert isinstance(settlement, Hold if answer is Confirm.REFUSED else Pause)
     assert parts.publisher.to(REJECTED) == []
     assert await settled(parts, replace(SENT, redelivered=True)) == [Ack()]
     first, second = parts.publisher.messages
     assert first == second
+
+
+async def test_a_full_partition_holds_up_its_own_tenants_only() -> None:
+    parts = DoorParts()
+    other = replace(SENT, routing_key="globex.risk", user_id="up-globex")
+    parts.publisher.answers = [Confirm.REFUSED]
+    full, went_on = await settled(parts, SENT, other)
+    assert isinstance(full, Hold)
+    assert went_on == Ack()
+    assert await settled(parts, SENT) == [Ack()]
+
+
+async def test_a_refusal_is_acked_once_its_record_is_confirmed_and_no_earlier() -> None:
+    parts = DoorParts()
+    ingress = ingress_on(parts)
+    bad = [replace(SENT, body=b"{", message_id=f"m-{i}") for i in range(5)]
+    held = await ingress.handle(bad)
+    assert all(isinstance(answer, Hold) for answer in held)
+    assert len(parts.publisher.to(REJECTED)) == 5
+    parts.clock.step(0.1)  # the second has not ended
+    assert await parts.refusals.flush() == 0
+    assert all(isinstance(answer, Hold) for answer in await ingress.handle(bad))
+    parts.clock.step(1)
+    parts.publisher.answers = [Confirm.UNKNOWN]
+    assert await parts.refusals.flush() == 1
+    assert all(isinstance(answer, Hold) for answer in await ingress.handle(bad))
+    assert await parts.refusals.flush() == 0
+    assert await ingress.handle(bad) == [Ack()] * 5
+    assert len(parts.publisher.to(REJECTED)) == 5  # answered once each
+    assert parts.telemetry.count("riskfleet_refusals_total", door="amqp") == 5
+    records = [m for m in parts.publisher.messages if ".audit." in m.routing_key]
+    assert len({m.message_id for m in records}) == 1  # one record of five, sent twice with the same bytes
+    (entry,) = decode_carrier(records[-1].body)
+    assert isinstance(entry, Entry)
+    assert json.loads(entry.body)["refusals"]["count"] == 5
 
 
 async def test_servers_that_are_away_pause_the_consumer() -> None:
@@ -229,7 +273,8 @@ async def test_tenants_without_a_broker_user_are_nobody() -> None:
     profile = parts.directory.profiles[ACME]
     parts.directory.profiles[ACME] = TenantProfile(ACME, profile.name, None, profile.thresholds)
     assert await settled(parts, replace(SENT, user_id="")) == [Ack()]
-    assert parts.publisher.messages == []
+    (record,) = parts.publisher.messages
+    assert record.routing_key == audit_queue(0)
 
 
 # --- CloudEvents ------------------------------------------------------------------------------------
@@ -269,6 +314,33 @@ async def test_a_cloudevent_is_admitted_in_binary_and_structured_mode_as_one_eve
     assert await settled(parts, binary, STRUCTURED_SENT, replace(binary, content_type=None)) == [Ack()] * 3
     assert parts.publisher.to(REJECTED) == []
     assert parts.store.states.keys() == {(ACME, event_id_of(ACME, "/tills|A-1"))}
+
+
+async def test_a_cloudevent_is_one_event_whatever_its_transport_names_it_and_whichever_door_it_comes_through() -> None:
+    """Clients of AMQP make a new message_id for each send, and HTTP clients a key: source and id stay."""
+    parts = DoorParts()
+    ingress = ingress_on(parts)
+    sends = [replace(STRUCTURED_SENT, message_id=f"send-{number}") for number in range(3)]
+    assert await ingress.handle(sends) == [Ack()] * 3
+    post = Submission(
+        ACME, None, STRUCTURED_SENT.body, "a-key", None, None, "http", structured=True, allow_generated_identity=True
+    )
+    admission = await parts.intake.admit(post)
+    assert isinstance(admission, Admission)
+    assert (admission.identity, admission.replayed) == ("/tills|A-1", True)
+    assert parts.store.states.keys() == {(ACME, event_id_of(ACME, "/tills|A-1"))}
+
+
+async def test_the_id_inside_a_cloudevent_is_its_identity_at_both_doors_under_any_message_id() -> None:
+    parts = DoorParts()
+    body = json.dumps(cloudevent(data=EVENT | {"id": "order-9"})).encode()
+    sends = [replace(STRUCTURED_SENT, body=body, message_id=name) for name in ("one", "two", None)]
+    assert await settled(parts, *sends) == [Ack()] * 3
+    admission = await parts.intake.admit(Submission(ACME, None, body, "key", None, None, "http", structured=True))
+    assert isinstance(admission, Admission)
+    assert admission.replayed
+    assert parts.store.states.keys() == {(ACME, event_id_of(ACME, "order-9"))}
+    assert parts.publisher.to(REJECTED) == []
 
 
 async def test_a_broken_cloudevent_is_answered_with_a_pointer_and_is_never_taken_for_a_plain_event() -> None:
@@ -403,7 +475,7 @@ async def test_a_refused_label_is_answered_and_counted_once(delivery: Delivery, 
 async def test_a_label_that_is_not_confirmed_is_not_lost(answer: Confirm) -> None:
     parts = DoorParts()
     parts.publisher.answers = [answer]
-    assert isinstance((await settled(parts, LABEL_SENT))[0], Pause)
+    assert isinstance((await settled(parts, LABEL_SENT))[0], Hold if answer is Confirm.REFUSED else Pause)
     assert await settled(parts, replace(LABEL_SENT, redelivered=True)) == [Ack()]
 
 
@@ -439,7 +511,8 @@ def test_every_delivery_ends_in_an_event_a_document_a_letter_or_a_system_record(
     parts = DoorParts()
     assert asyncio.run(settled(parts, delivery)) == [Ack()]
     scope = {"up-acme": "acme", "up-globex": "globex"}.get(delivery.user_id or "")
-    assert len(parts.publisher.messages) == (1 if scope or delivered_too_often(delivery) else 0)
+    others = [message for message in parts.publisher.messages if ".audit." not in message.routing_key]
+    assert len(others) == (1 if scope or delivered_too_often(delivery) else 0)
     for message in parts.publisher.to(REJECTED):
         assert message.routing_key.startswith(f"{scope}.")
 

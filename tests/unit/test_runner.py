@@ -19,7 +19,7 @@ from contracts.codec import Entry, decode_carrier, encode_carrier, entry_of, sta
 from contracts.events import parse_event
 from contracts.failures import InvalidWorkflowStateError, ModelNotApprovedError, StateStoreError
 from contracts.lifecycle import Status
-from contracts.messages import stage_message, undelivered
+from contracts.messages import probe_message, probe_of, stage_message, undelivered
 from contracts.ports import Advance, Confirm, DecisionRow, Delivery, Message
 from contracts.settlement import Ack, Pause, Settlement, letter_from
 from contracts.state import EventState, begin
@@ -31,6 +31,7 @@ from contracts.topology import (
     RUNGS,
     STAGES,
     Stage,
+    delivery_rung,
     reply_queue,
     rung_exchange,
     stage_queue,
@@ -772,7 +773,7 @@ class PickyBroker(TwinBroker):
         return [answer or next(confirms) for answer in answers]
 
     def delivery_rounds(self) -> list[Message]:
-        return [message for message in self.ladder() if message.routing_key == DELIVERY_QUEUE]
+        return [message for message in self.messages if message.routing_key.startswith(f"{DELIVERY_QUEUE}.")]
 
 
 def picky_fleet(picky: Callable[[Message], Confirm | None]) -> tuple[Fleet, PickyBroker]:
@@ -793,7 +794,7 @@ async def test_a_decision_that_the_broker_does_not_take_holds_up_no_stage(
         broker.asked.clear()
     assert await fleet.worker.deliver(DECISION, body) == Ack()
     (sent,) = broker.delivery_rounds()
-    assert sent.exchange == rung_exchange("1s")
+    assert sent.routing_key == delivery_rung(1_000)
     asked = [message for message in broker.asked if message.exchange == DECISIONS]
     assert len(asked) == tries
     assert undelivered(sent.headers, sent.body) == (asked[0], 1)
@@ -826,10 +827,28 @@ async def test_a_rejection_that_the_broker_refuses_holds_up_no_stage() -> None:
     assert undelivered(sent.headers, sent.body)[0].routing_key == "acme.idempotency-conflict"
 
 
-@pytest.mark.parametrize("ladder", [Confirm.REFUSED, Confirm.UNKNOWN, Confirm.UNROUTABLE])
-async def test_a_delivery_ladder_that_does_not_confirm_pauses_the_stage(ladder: Confirm) -> None:
+def _refusing_decisions(ladder: Confirm) -> Callable[[Message], Confirm | None]:
     def picky(message: Message) -> Confirm | None:
-        return {DECISIONS: Confirm.REFUSED, rung_exchange("1s"): ladder}.get(message.exchange)
+        if message.exchange == DECISIONS:
+            return Confirm.REFUSED
+        return ladder if message.routing_key == delivery_rung(1_000) else None
+
+    return picky
+
+
+async def test_a_delivery_ladder_that_is_full_holds_up_no_stage() -> None:
+    """A tenant whose queue refuses for a day fills the ladder: its decisions are rows, and the feed has them."""
+    fleet, broker = picky_fleet(_refusing_decisions(Confirm.REFUSED))
+    body = await fleet.to(DECISION)
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    assert fleet.telemetry.count("riskfleet_decision_deliveries_total", result="left") == 1
+    assert (ACME, EVENT) in fleet.ledger.rows
+    assert not broker.delivery_rounds()
+
+
+@pytest.mark.parametrize("ladder", [Confirm.UNKNOWN, Confirm.UNROUTABLE])
+async def test_a_delivery_ladder_that_does_not_answer_pauses_the_stage(ladder: Confirm) -> None:
+    picky = _refusing_decisions(ladder)
 
     fleet, broker = picky_fleet(picky)
     body = await fleet.to(DECISION)
@@ -1061,3 +1080,19 @@ async def _run_schedule(actions: Sequence[tuple[str, int]]) -> None:
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 31)), max_size=30))
 def test_any_schedule_of_faults_ends_in_one_decision_each_with_its_trail(actions: list[tuple[str, int]]) -> None:
     asyncio.run(_run_schedule(actions))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_probe_leaves_a_stage_behind_everything_that_came_with_it(stage: Stage) -> None:
+    fleet = Fleet()
+    body = await fleet.to(stage)
+    fleet.broker.messages.clear()
+    sent_at = "2026-01-31T12:00:00+00:00"
+    probe = probe_message(0, sent_at)
+    queue = stage_queue(stage, 0)
+    deliveries = [Delivery(queue, b"", queue, headers=probe.headers), Delivery(queue, body, queue)]
+    assert await fleet.worker.deliver_all(stage, deliveries) == [Ack(), Ack()]
+    last = fleet.broker.messages[-1]
+    assert probe_of(Delivery(last.routing_key, last.body, last.routing_key, headers=last.headers)) == sent_at
+    assert len(fleet.broker.messages) > 1
+    assert not fleet.broker.parked()

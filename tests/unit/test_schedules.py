@@ -15,7 +15,7 @@ from contracts.ports import ActiveSet, Confirm, DecisionRow, Delivery, Message, 
 from contracts.settlement import Ack, Pause, letter_from
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
-from contracts.topology import DECISIONS, DELIVERY_QUEUE, REJECTED, parked_queue
+from contracts.topology import DECISIONS, REJECTED, delivery_rung, parked_queue
 from gateway.intake import Admission, Refusal, Submission
 from tests.fakes import DoorParts, InMemoryLedger, RecordingPublisher, RecordingTelemetry, SteppingClock, event_body
 from tests.unit.test_ingress import SENT, settled
@@ -124,10 +124,16 @@ async def test_a_tenant_whose_queue_takes_nothing_does_not_hold_up_the_door(refu
     delivery = SENT if refused == DECISIONS else replace(SENT, body=b"{")
     parts.publisher.answers = [Confirm.REFUSED]
     assert await settled(parts, delivery) == [Ack()]
-    asked, again = parts.publisher.messages
+    asked, again = [message for message in parts.publisher.messages if ".audit." not in message.routing_key]
     assert asked.exchange == refused
-    assert again.routing_key == DELIVERY_QUEUE
+    assert again.routing_key == delivery_rung(1_000)
     assert undelivered(again.headers, again.body) == (asked, 1)
+
+
+async def test_a_delivery_ladder_that_is_full_does_not_hold_up_the_door_either() -> None:
+    parts = DoorParts()
+    parts.publisher.answers = [Confirm.REFUSED, Confirm.REFUSED]
+    assert await settled(parts, replace(SENT, body=b"{")) == [Ack()]
 
 
 async def test_what_is_for_a_tenant_is_kept_until_its_round_is_confirmed() -> None:

@@ -16,7 +16,7 @@ from contracts.ports import Confirm, DeadLetter, DecisionRow, Delivery, Message
 from contracts.settlement import REPLAYS_HEADER, Ack, Pause, failure_headers, letter_from
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
-from contracts.topology import DELIVERY_QUEUE, LABELS_QUEUE, parked_queue, rung_exchange
+from contracts.topology import DELIVERY_QUEUE, LABELS_QUEUE, WORK, parked_queue
 from tests.fakes import InMemoryLedger, RecordingPublisher, RecordingTelemetry, SteppingClock
 from workers.settling import park_bytes
 from workers.sinks.audit import AuditSink
@@ -67,6 +67,9 @@ class Chain(Table):
 
     async def append(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
         return await self.write(records)
+
+    async def probed(self, partition: int, sent_at: str) -> None:
+        """Probes are another test's."""
 
 
 def label(number: int = 0, kind: str = "chargeback") -> Label:
@@ -223,7 +226,7 @@ async def test_what_is_not_taken_goes_round_again_and_slower(answer: Confirm, at
     assert await parts.sink.handle([came_back(attempt)]) == [Ack()]
     sent, again = parts.publisher.messages
     assert sent == DECISION
-    assert (again.exchange, again.routing_key) == (rung_exchange(rung), DELIVERY_QUEUE)
+    assert (again.exchange, again.routing_key) == (WORK, f"{DELIVERY_QUEUE}.{rung}")
     assert undelivered(again.headers, again.body) == (DECISION, attempt + 1)
     assert parts.count("again") == 1
 
@@ -234,6 +237,14 @@ async def test_a_day_of_refusals_ends_without_a_message_and_is_counted() -> None
     assert await parts.sink.handle([came_back(MOST_ATTEMPTS)]) == [Ack()]
     assert parts.publisher.messages == [DECISION]
     assert parts.count("given_up") == 1
+
+
+async def test_a_ladder_that_is_full_leaves_the_decision_to_the_feed_and_holds_up_no_other_tenant() -> None:
+    parts = DeliveryParts()
+    other = replace(DECISION, message_id="other:1")
+    parts.publisher.answers = [Confirm.REFUSED, Confirm.CONFIRMED, Confirm.REFUSED]
+    assert await parts.sink.handle([came_back(1), came_back(1, other)]) == [Ack(), Ack()]
+    assert (parts.count("left"), parts.count("delivered"), parts.count("again")) == (1, 1, 0)
 
 
 async def test_a_round_that_the_ladder_does_not_take_keeps_its_delivery_and_no_other() -> None:

@@ -9,6 +9,7 @@ import pytest
 from contracts.tenancy import TenantScope
 from contracts.topology import (
     DECISIONS,
+    DELIVERY_RUNGS,
     INGEST,
     METRICS_QUEUE,
     PARKED_SOURCES,
@@ -19,6 +20,7 @@ from contracts.topology import (
     WORK,
     Policy,
     Topology,
+    delivery_rung,
     first_rung,
     tenant_ingest,
     topology,
@@ -61,6 +63,7 @@ def test_names_are_the_documented_ones() -> None:
     wanted |= {f"risk.v1.audit.p{p:02d}" for p in range(PARTITIONS)}
     wanted |= {f"risk.v1.parked.{source}" for source in PARKED_SOURCES}
     wanted |= {f"risk.v1.retry.{name}" for name, _ in RUNGS}
+    wanted |= {f"risk.v1.delivery.{name}" for name in ("1s", "5s", "15s", "30s")}
     assert set(NAMES) == wanted
     assert len(NAMES) == len(wanted)
     kinds = {exchange.name: exchange.type for exchange in whole().exchanges}
@@ -88,6 +91,20 @@ def test_stage_queues_refuse_and_dead_letter_at_least_once(queue: str) -> None:
         "dead-letter-routing-key": f"risk.v1.parked.{queue.split('.')[2]}",
         "dead-letter-strategy": "at-least-once",
     }
+
+
+@pytest.mark.parametrize(("name", "ttl"), DELIVERY_RUNGS)
+def test_undelivered_decisions_have_rungs_of_their_own(name: str, ttl: int) -> None:
+    """They may fill: no queue of a stage shares one, and all of them return to the one delivery queue."""
+    assert policy_of(f"risk.v1.delivery.{name}") == {
+        "max-length-bytes": LIMIT // 4,
+        "overflow": "reject-publish",
+        "message-ttl": ttl,
+        "dead-letter-exchange": WORK,
+        "dead-letter-routing-key": "risk.v1.delivery",
+        "dead-letter-strategy": "at-least-once",
+    }
+    assert delivery_rung(ttl) == f"risk.v1.delivery.{name}"
 
 
 @pytest.mark.parametrize(("name", "ttl"), RUNGS)

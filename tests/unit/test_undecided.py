@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from contracts.failures import DatabaseError, UndecidedLimitError
 from contracts.ports import Confirm, Delivery
-from contracts.settlement import Ack, Settlement, Wait
+from contracts.settlement import Ack, Hold, Settlement
 from contracts.tenancy import TenantScope
 from contracts.topology import REJECTED
 from gateway.intake import Admission, Refusal, Submission
@@ -72,7 +72,7 @@ async def test_at_the_amqp_door_the_tenant_waits_and_is_neither_told_nor_counted
     more = replace(SENT, body=event_body(id="more"), message_id="more")
     other = replace(SENT, user_id="up-globex", routing_key="globex.risk")
     first, waits, neighbour = await settled(parts, SENT, more, other)
-    assert (first, waits, neighbour) == (Ack(), Wait(1.0), Ack())
+    assert (first, waits, neighbour) == (Ack(), Hold("the tenant has too many events under way", 1.0), Ack())
     assert parts.publisher.to(REJECTED) == []
     assert parts.telemetry.count("riskfleet_refusals_total", door="amqp", problem="too-many-undecided") == 0
     parts.limit(ACME, 2)
@@ -88,7 +88,7 @@ async def test_a_waiting_delivery_comes_again_and_holds_up_no_other_queue() -> N
 
     async def handle(deliveries: list[Delivery]) -> list[Settlement]:
         seen.extend(one.queue for one in deliveries)
-        return [Wait(1.0) if one.queue == "slow" and seen.count("slow") < 3 else Ack() for one in deliveries]
+        return [Hold("full", 1.0) if one.queue == "slow" and seen.count("slow") < 3 else Ack() for one in deliveries]
 
     async def up() -> None:
         return None

@@ -12,9 +12,11 @@ import structlog
 
 from contracts.codec import Entry, decode_carrier, encode_carrier, record_of_entry
 from contracts.failures import InfrastructureError, RiskfleetError, UndecodableEntryError
+from contracts.messages import probe_of
 from contracts.ports import AuditLog, Clock, Delivery, Publisher, Telemetry
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.telemetry import AUDIT_RECORDS, PARKED, Measurement
+from contracts.topology import partition_of
 from workers.settling import Park, park, park_bytes
 from workers.sinks.bisecting import publish_parks, write_or_park
 
@@ -37,11 +39,17 @@ class AuditSink:
         """Append the records of all deliveries; answers Pause for all while PostgreSQL does not answer."""
         entries: list[Entry] = []
         parks: list[Park] = []
+        probes: dict[int, str] = {}
         for delivery in deliveries:
-            self._read(delivery, entries, parks)
+            if (sent_at := probe_of(delivery)) is not None:
+                probes[partition_of(delivery.queue)] = sent_at
+            else:
+                self._read(delivery, entries, parks)
         try:
             fresh, refused = await write_or_park(entries, self._append, self._refuse)
             await publish_parks(self._publisher, [*parks, *refused], _STAGE)
+            for partition, sent_at in probes.items():
+                await self._audit_log.probed(partition, sent_at)
         except InfrastructureError as error:
             return [Pause(type(error).__name__)] * len(deliveries)
         appended = sum(fresh)

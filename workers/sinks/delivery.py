@@ -2,7 +2,8 @@
 
 Promises: a message is sent again after 1 s, 5 s, 15 s and then every 30 s, for a day; the ladder confirms each further
 round before this one is acked. A decision is sent at the highest revision that PostgreSQL has by then, so that none
-follows a newer one. Loses no decision when it gives up: the row stands in PostgreSQL and the feed has it.
+follows a newer one. Loses no decision when it gives up, after a day or on a ladder that is full: the row stands in
+PostgreSQL and the feed has it.
 It has no dead-letter stage of its own: what cannot be read is counted, logged and acked, for the same reason.
 """
 
@@ -15,7 +16,7 @@ import structlog
 
 from contracts.failures import InfrastructureError, RiskfleetError, UndecodableEntryError
 from contracts.messages import arrived, decision_message, delivery_message, undelivered
-from contracts.ports import Delivery, Ledger, Message, Publisher, Telemetry
+from contracts.ports import Confirm, Delivery, Ledger, Message, Publisher, Telemetry
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.telemetry import DELIVERIES, Measurement
 from contracts.tenancy import TenantScope
@@ -38,7 +39,7 @@ class DeliverySink:
         self._telemetry = telemetry
 
     async def handle(self, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
-        """Send each message again; Pause for one that neither upstream's queues nor the ladder take."""
+        """Send each message again; Pause for one that neither upstream's queues nor the ladder answer for."""
         try:
             read = await self._newest([self._read(delivery) for delivery in deliveries])
         except InfrastructureError as error:
@@ -86,7 +87,7 @@ class DeliverySink:
         return left
 
     async def _again(self, items: Sequence[tuple[Message, int]]) -> list[tuple[Message, int]]:
-        """Send one more round each, and give up after the last; what the ladder does not take is answered."""
+        """Send one more round each, and give up after the last; what the ladder does not answer for is returned."""
         going, rounds = [], []
         for message, attempt in items:
             if attempt >= MOST_ATTEMPTS:
@@ -100,8 +101,14 @@ class DeliverySink:
             return []
         confirms = await self._publisher.publish(rounds)
         answers = list(zip(going, rounds, confirms, strict=True))
-        paused = [item for item, sent, confirm in answers if not arrived(sent, confirm)]
-        self._measure("again", len(going) - len(paused))
+        # A full rung refuses. To wait for it here would keep the other tenants' decisions from their first try.
+        refused = sum(confirm is Confirm.REFUSED for confirm in confirms)
+        silent = [answer for answer in answers if answer[2] is not Confirm.REFUSED]
+        paused = [item for item, sent, confirm in silent if not arrived(sent, confirm)]
+        if refused:
+            log.error("delivery.left", count=refused)
+        self._measure("left", refused)
+        self._measure("again", len(going) - len(paused) - refused)
         return paused
 
     def _measure(self, result: str, count: int = 1) -> None:

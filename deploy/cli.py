@@ -210,6 +210,18 @@ def db_upgrade(
         )
 
 
+@db_app.command("recover-admin")
+def recover_admin(
+    user: Annotated[str, typer.Argument(help="An administrator of the whole installation.")], as_json: AsJson = False
+) -> None:
+    """Give an administrator who lost it a new password, with the database alone; the audit says so."""
+    password = asyncio.run(provision.recover_admin(_found_settings(), user))
+    if as_json:
+        _print_json({"user": user, "password": password})
+    else:
+        console.print(f"user      {user}\npassword  {password}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """A round trip through every dependency; versions; safe settings."""

@@ -41,6 +41,7 @@ USER_ID: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,126}")
 _UNIQUE_VIOLATION: Final = "23505"
 _LAST_ADMIN_LOCK: Final = 7_205_759_403_794
 _NOBODY: Final = Principal("nobody", "", frozenset())
+_RECOVERY: Final = Principal("system:recovery", "", frozenset({Grant(EVERYWHERE, Role.ADMIN)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,7 @@ class People:
 
         Ends every token of the user. Raises AuthorizationError, NotKnownError or InvalidRequestError.
         """
-        own = _user_of(caller) == user_id
+        own = caller.actor == f"user:{user_id}"
         if not own:
             _need_everywhere(caller)
         hashed = await self._p.passwords.hash(password, self._p.random(SALT_BYTES))
@@ -304,6 +305,18 @@ class People:
             values = {"user_id": user_id, "password_hash": hashed, "now": self._p.clock.now()}
             await connection.execute(_SET_PASSWORD, values)
             await self._p.note(connection, None, "user.password_set", caller, {"user": user_id}, {"own": int(own)})
+
+    async def recover_admin(self, user_id: str, password: str) -> None:
+        """Let an administrator of the installation in again with a new password, for whoever has the database's URL.
+
+        Makes nobody an administrator. Raises NotKnownError for a user who is none, and InvalidRequestError.
+        """
+        async with transaction(self._p.engine, ()) as connection:
+            known = USER_ID.fullmatch(user_id) is not None
+            if not known or not (await connection.execute(_IS_ADMIN, {"user_id": user_id})).scalar_one():
+                raise NotKnownError(f"{user_id!r} is no administrator of the installation")
+        await self.set_password(_RECOVERY, user_id, password)
+        await self.enable(_RECOVERY, user_id)
 
     async def users(self, caller: Principal, after: str = "", limit: int = 200) -> Sequence[User]:
         """The users whom the caller administers, in order of their ids: all, or those with a role in own tenants."""

@@ -21,6 +21,7 @@ import pytest
 import typer
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
@@ -37,10 +38,12 @@ from contracts.failures import (
 from contracts.identity import EVERYWHERE, Grant, Permission, Principal, Role
 from contracts.tenancy import TenantScope
 from contracts.topology import topology
+from deploy import local, provision
 from deploy.cli_people import attach
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.runtime import RandomIds, SystemClock
 from deploy.servers import ServerUrls
+from deploy.settings import Settings
 from gateway.calls import openapi, routes
 from gateway.control.desk import Desk
 from gateway.control.people import calls
@@ -337,6 +340,26 @@ async def test_a_user_of_an_identity_provider_is_found_by_its_subject(house: Hou
         await house.people.login(user, "")
     with pytest.raises(ConflictError):
         await house.people.create(ROOT, user + "2", "Twin", oidc=("https://idp.example", subject))
+
+
+async def test_an_administrator_who_lost_the_password_comes_in_again_and_nobody_else_does(
+    house: House, tmp_path: Path
+) -> None:
+    admin, _, other = [await house.user((None, r)) for r in (Role.ADMIN, Role.ADMIN, Role.APPROVER)]
+    token = (await house.people.login(admin, PASSWORD)).token
+    await house.people.disable(ROOT, admin)
+    settings = local.with_servers(Settings(data_dir=tmp_path, pepper=SecretStr("p" * 32)), house.urls)
+    password = await provision.recover_admin(settings, admin)
+    with pytest.raises(AuthenticationError):
+        await house.people.login(admin, PASSWORD)
+    assert (await house.people.login(admin, password)).token
+    assert await house.credentials.principal(token) is None
+    for action in ("user.password_set", "user.enabled"):
+        (record,) = [r for r in await house.records(None, action) if r["subject"] == {"user": admin}]
+        assert record["actor"] == "system:recovery"
+    for nobody in (other, "nobody", "a\0b", ""):
+        with pytest.raises(NotKnownError, match="no administrator"):
+            await provision.recover_admin(settings, nobody)
 
 
 # --- grants -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -197,6 +199,29 @@ def test_the_committed_schema_is_what_the_migrations_make(database: ServerUrls) 
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
     committed = (Path(__file__).resolve().parents[2] / "docs" / "schema.sql").read_text()
     assert dump(database.migration_database) == committed, "run make documents"
+
+
+RUNBOOK = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+
+
+async def test_the_sql_of_the_runbook_runs_and_sees_rows_under_row_level_security(
+    database: ServerUrls, engine: AsyncEngine, scope: TenantScope, clock: SetClock
+) -> None:
+    """As the owner, whom the runbook means; a plain SELECT would show nothing and say nothing."""
+    blocks = re.findall(r"```sql\n(.*?)```", RUNBOOK, re.DOTALL)
+    await create_tenant(engine, scope, "Acme")
+    letter = DeadLetter(f"sql-{scope}", scope, "e" * 32, "scoring", "c", "p", "E", str(scope), 3, AT, AT, b"b")
+    await PostgresDeadLetters(engine, clock).park([letter])
+    owner = await asyncpg.connect(database.migration_database)
+    try:
+        shown = []
+        for block in blocks:
+            for statement in filter(str.strip, block.split(";")):
+                shown += await owner.fetch(statement)
+    finally:
+        await owner.close()
+    assert len(blocks) >= 2
+    assert str(scope) in {row.get("fingerprint") for row in shown}
 
 
 async def test_an_upgrade_may_be_repeated(database: ServerUrls) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from contracts.failures import FAILURES, Category
 from contracts.lifecycle import TRANSITIONS
+from contracts.telemetry import AUTOSCALER_METRICS, METRICS
 from contracts.tenancy import TenantScope
 from deploy.cli import app
 from deploy.local import roles
@@ -97,6 +98,18 @@ def test_the_ports_in_the_runbook_are_those_of_a_local_fleet() -> None:
     assert stated["AMQP door"] == [ports["ingress"]]
     assert stated["stages"] == [ports["retrieval"], ports["decision"]]
     assert stated["sinks"] == [ports["sink-parking"], ports["sink-metrics"]]
+
+
+def test_every_metric_has_a_row_in_the_runbook_with_its_labels_and_its_meaning() -> None:
+    rows = {name: (labels, meaning) for name, labels, meaning in table_of(_OPS, "### Metrics")}
+    declared = [*METRICS.values(), *AUTOSCALER_METRICS]
+    assert {name: labels for name, (labels, _) in rows.items()} == {m.name: ", ".join(m.labels) for m in declared}
+    assert all(meaning for _, meaning in rows.values())
+
+
+def test_every_metric_that_the_runbook_names_exists() -> None:
+    known = {m.name for m in (*METRICS.values(), *AUTOSCALER_METRICS)} | {"riskfleet_measurements_dropped_total"}
+    assert set(re.findall(r"`(riskfleet_[a-z_]+[a-z])`", text_of(_OPS))) - known - {"riskfleet_app"} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)

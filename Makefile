@@ -5,6 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ROOMS  := contracts gateway workers governance resilience deploy
+# Of `make chaos`: minutes under faults, seed of load and faults, mean events per second.
+MINUTES ?= 30
+SEED    ?= 1
+RATE    ?= 60
 # Twice quiet: errors only, no warnings.
 PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 export PIP_ROOT_USER_ACTION := ignore
@@ -14,7 +18,7 @@ export YES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run check test lint unit documents lock clean bench-rivals
+.PHONY: help venv run check test lint unit simulate chaos mutants bench-rivals documents lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,11 +55,24 @@ test: lint ## Everything, with real servers (installed by apt after a yes, or wi
 	@$(BIN)/python -m deploy.servers
 	@$(BIN)/python -m pytest tests
 
-documents: $(STAMP) ## Write what is generated from the code (docs/schema.sql too, which needs the servers)
-	@$(BIN)/python -m deploy.documents --schema
-
 bench-rivals: $(STAMP) ## Every rival and riskfleet in turn; writes docs/performance.md (QUICK=1 tries it)
 	@$(BIN)/python -m tests.load.rivals.run $(if $(QUICK),--quick --out .rivals)
+
+simulate: $(STAMP) ## All failpoints, all pairs of them and 100,000 seeds in virtual time (ARGS="--only seeds --to 1000")
+	@$(BIN)/python -m tests.simulation.campaign $(ARGS)
+
+mutants: $(STAMP) ## Planted bugs, each of which the simulation or a named test must catch
+	@$(BIN)/python -m tests.simulation.mutants $(ARGS)
+
+documents: $(STAMP) ## Write the generated documents again (docs/*.json, docs/problems.md, docs/schema.sql, .env.example)
+	@$(BIN)/python -m deploy.documents
+	@$(BIN)/riskfleet config example > .env.example.new && mv .env.example.new .env.example
+	@$(BIN)/python -m deploy.migrations.dump > docs/schema.sql.new && mv docs/schema.sql.new docs/schema.sql
+
+chaos: $(STAMP) ## 30 minutes of kills, pauses, resets and restarts under load; writes docs/evidence/chaos.json
+	@$(BIN)/python -m deploy.servers
+	@$(BIN)/python -W ignore -m tests.faults.chaos --minutes $(MINUTES) --seed $(SEED) --rate $(RATE) \
+	  --evidence docs/evidence/chaos.json
 
 lock: $(STAMP) ## Resolve the dependencies again and write requirements.lock
 	@$(PIP) install "pip-tools>=7.6,<8"

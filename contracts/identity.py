@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
@@ -153,3 +154,13 @@ class Principal:
     def _held(self, permission: Permission) -> frozenset[str]:
         held = frozenset(grant.tenant for grant in self.grants if permission in PERMISSIONS[grant.role])
         return held & {EVERYWHERE} if permission in EVERYWHERE_ONLY else held
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A user as the doors need them. Tokens issued before `tokens_valid_from` are no longer good."""
+
+    user_id: str
+    grants: frozenset[Grant]
+    disabled: bool = False
+    tokens_valid_from: datetime | None = None

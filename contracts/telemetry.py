@@ -45,6 +45,7 @@ PARKED = Metric("riskfleet_parked_total", _C, "Entries parked.", ("stage", "cate
 FAILURES = Metric("riskfleet_failures_total", _C, "Failures by category.", ("stage", "category"))
 DUPLICATES = Metric("riskfleet_duplicates_suppressed_total", _C, "Deliveries that were already done.", ("stage",))
 STALE_WRITES = Metric("riskfleet_stale_writes_refused_total", _C, "Advances refused by the fence.", ("stage",))
+CONFLICTS = Metric("riskfleet_decision_conflicts_total", _C, "Decisions that found another one committed.", ("kind",))
 LOCK_WAITS = Metric("riskfleet_lock_waits_total", _C, "Entries that waited on another holder's lease.", ("stage",))
 SUSPECTS = Metric("riskfleet_suspects_total", _C, "Entries run alone after their holder died.", ("stage",))
 AUDIT_RECORDS = Metric("riskfleet_audit_records_total", _C, "Audit records appended or already present.", ("result",))
@@ -79,6 +80,7 @@ METRICS: Mapping[str, Metric] = {
         FAILURES,
         DUPLICATES,
         STALE_WRITES,
+        CONFLICTS,
         LOCK_WAITS,
         SUSPECTS,
         AUDIT_RECORDS,

@@ -30,8 +30,9 @@ from deploy.cli_registry import halt_app, registry_app
 from deploy.processes import ServersError
 from deploy.runtime import SystemClock
 from deploy.servers import running_urls
+from governance.audit import AuditReport
 from governance.postgres import engine as pg
-from governance.postgres.audit import AuditReport, PostgresAuditLog
+from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.directory import tenant_ids
 from resilience.management import BrokerManagement
 
@@ -208,18 +209,6 @@ def db_upgrade(
         console.print(
             f"demo tenant made; credentials in {where}" if made else "a user exists already: nothing was made"
         )
-
-
-@db_app.command("recover-admin")
-def recover_admin(
-    user: Annotated[str, typer.Argument(help="An administrator of the whole installation.")], as_json: AsJson = False
-) -> None:
-    """Give an administrator who lost it a new password, with the database alone; the audit says so."""
-    password = asyncio.run(provision.recover_admin(_found_settings(), user))
-    if as_json:
-        _print_json({"user": user, "password": password})
-    else:
-        console.print(f"user      {user}\npassword  {password}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

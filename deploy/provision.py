@@ -19,14 +19,11 @@ from contracts.topology import topology
 from deploy import keys
 from deploy.migrations.upgrade import apply as apply_migrations
 from deploy.migrations.upgrade import role_of
-from deploy.runtime import RandomIds, SystemClock
 from deploy.settings import Settings
 from governance.access import KEY_BYTES, new_api_key
 from governance.passwords import SALT_BYTES, Passwords
 from governance.postgres import engine as pg
-from governance.postgres.commands import PeoplePolicy, PeoplePorts
 from governance.postgres.directory import FirstUser, create_api_key, create_first_users, create_tenant, has_users
-from governance.postgres.people import People
 from governance.postgres.tenants import upstream_user
 from resilience.management import BrokerManagement
 
@@ -130,18 +127,6 @@ async def demo(settings: Settings) -> DemoCredentials | None:
     # Last, so that a run which was cut off before is done again.
     await _create_people(settings, passwords)
     return made
-
-
-async def recover_admin(settings: Settings, user_id: str) -> str:
-    """A new password for an administrator of the installation who lost it. Raises as `People.recover_admin`."""
-    password = secrets.token_urlsafe(18)
-    engine = pg.create_engine(settings.need("database_url"))
-    try:
-        ports = PeoplePorts(engine, SystemClock(), RandomIds(), Passwords(), settings.partitions)
-        await People(ports, PeoplePolicy(keys.pepper(settings))).recover_admin(user_id, password)
-    finally:
-        await pg.dispose(engine)
-    return password
 
 
 async def _create_people(settings: Settings, passwords: dict[str, str]) -> None:

@@ -26,8 +26,9 @@ from contracts.topology import INGEST, METRICS_QUEUE, topology
 from deploy.provision import DemoCredentials
 from deploy.runtime import SystemClock
 from deploy.settings import Settings
+from governance.audit import AuditReport
 from governance.postgres import engine as pg
-from governance.postgres.audit import AuditReport, PostgresAuditLog
+from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.reports import Counts, Latencies, counts, latencies
 from resilience.management import BrokerManagement
 from resilience.rabbit import RabbitPublisher

@@ -30,27 +30,19 @@ from contracts.topology import (
     parked_queue,
     stage_queue,
 )
-from deploy import keys
 from deploy.runtime import RandomIds, SystemClock
 from deploy.settings import Settings, SettingsError
 from deploy.stopping import stop_signal
 from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
-from governance.postgres import AsyncEngine
 from governance.postgres import engine as pg
-from governance.postgres.audit import PostgresAuditLog
-from governance.postgres.deadletters import PostgresDeadLetters
-from governance.postgres.directory import PostgresDirectory
-from governance.postgres.feed import PostgresDecisionFeed
-from governance.postgres.labels import PostgresLabelBook
-from governance.postgres.ledger import PostgresLedger
-from governance.postgres.registry import PostgresRegistry
 from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
 from workers.telemetry import QueueTelemetry
 
 if TYPE_CHECKING:
     from gateway.intake import Intake
+    from governance.postgres import AsyncEngine, PostgresDirectory, PostgresLedger, PostgresRegistry
 
 log = structlog.get_logger("role")
 
@@ -141,6 +133,7 @@ def role(settings: Settings, role: str, which: str | None) -> Coroutine[Any, Any
 
 async def run_worker(settings: Settings, stage: Stage) -> None:
     """One stage's worker over all partitions, until SIGTERM or SIGINT."""
+    from governance.postgres.ledger import PostgresLedger
     from workers.runner import RunnerPolicy, RunnerPorts, StageRunner
     from workers.settling import RetryPolicy
     from workers.stages import StagePorts
@@ -164,6 +157,9 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
 
 def registry(k: Kit) -> PostgresRegistry:
     """The registry as workers read it: what is signed by this installation's keys, and what the release brings."""
+    from deploy import keys
+    from governance.postgres.registry import PostgresRegistry
+
     return PostgresRegistry(k.engine, k.clock, keys.artifact_verifier(k.settings))
 
 
@@ -176,11 +172,15 @@ async def run_sink(settings: Settings, sink: str) -> None:
     async with kit(settings, f"sink-{sink}") as k:
         measured = CollectorRegistry()
         if sink == "audit":
+            from governance.postgres.audit import PostgresAuditLog
             from workers.sinks.audit import AuditSink
 
             queues = [audit_queue(p) for p in range(settings.partitions)]
             parts = [(queues, AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock).handle)]
         elif sink == "parking":
+            from governance.postgres.deadletters import PostgresDeadLetters
+            from governance.postgres.labels import PostgresLabelBook
+            from governance.postgres.ledger import PostgresLedger
             from workers.sinks.delivery import DeliverySink
             from workers.sinks.labels import LabelsSink
             from workers.sinks.parking import ParkingSink
@@ -201,10 +201,14 @@ async def run_sink(settings: Settings, sink: str) -> None:
 
 async def run_gateway(settings: Settings) -> None:
     """The HTTP door, until SIGTERM or SIGINT."""
+    from deploy import keys
     from deploy.credentials import authenticator
     from gateway.http import HttpPorts, create_app
     from gateway.labelling import LabelDesk
     from gateway.waiting import Waiting
+    from governance.postgres.directory import PostgresDirectory
+    from governance.postgres.feed import PostgresDecisionFeed
+    from governance.postgres.ledger import PostgresLedger
 
     async with kit(settings, "gateway") as k:
         ledger = PostgresLedger(k.engine)
@@ -244,8 +248,11 @@ def _simulator(k: Kit, ledger: PostgresLedger) -> Simulator | None:
 
 async def run_ingress(settings: Settings) -> None:
     """The AMQP door over the ingest queue of every tenant with a broker user, until SIGTERM or SIGINT."""
+    from deploy import keys
     from gateway.ingress import Ingress
     from gateway.labelling import LabelDesk
+    from governance.postgres.directory import PostgresDirectory
+    from governance.postgres.ledger import PostgresLedger
 
     async with kit(settings, "ingress") as k:
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))

@@ -25,10 +25,9 @@ _ABOUT: Final = (
     "drop a `message_id` that they have seen, and keep the highest revision of a decision. No order is promised."
 )
 _CLOUDEVENTS: Final = (
-    "An event may also come as CloudEvents 1.0: structured (content type `application/cloudevents+json`, the event in "
-    "`data`), binary with the attributes as headers prefixed `cloudEvents:`, `cloudEvents_` or `ce-`, or as a batch "
-    "(content type `application/cloudevents-batch+json`: an array of structured ones). Each of a batch is an event of "
-    "its own, and a refusal names its place in the array (`item`, from 0). A label is plain JSON."
+    "CloudEvents 1.0 is accepted too: structured (content type `application/cloudevents+json`, the event in `data`), "
+    "as a batch of those (`application/cloudevents-batch+json`, acked when all of it has settled), or binary with the "
+    "attributes as headers prefixed `cloudEvents:`, `cloudEvents_` or `ce-`."
 )
 _PUBLISHING: Final[Mapping[str, str]] = {
     "user_id": "Required: the tenant's own broker user. The broker checks it; the tenant is taken from it alone",
@@ -93,13 +92,9 @@ def _ingest() -> dict[str, Any]:
     return _channel(
         INGEST,
         "{tenant}.{kind}",
-        f"Exchange `{INGEST}`: publish an event with the routing key `<tenant>.<kind>`, a label with `<tenant>.label`. {_CLOUDEVENTS}",
-        {
-            "kind": {
-                "description": "What the body is: a kind of event, or a label",
-                "enum": [*(str(kind) for kind in Kind), "label"],
-            }
-        },
+        f"Exchange `{INGEST}`: publish with the routing key `<tenant>.<kind>`, a label with `<tenant>.label`. "
+        f"{_CLOUDEVENTS}",
+        {"kind": {"description": "What the body is", "enum": [*(str(kind) for kind in Kind), "label"]}},
         "event",
         "label",
     )

@@ -28,6 +28,23 @@ SYSTEM_CHAIN: Final = "_system"
 _SEQ: Final = struct.Struct(">Q")
 
 
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What `verify` found in one chain.
+
+    `missing` records are owed by a decision's trail and not in the chain; `orphans` are in the chain for a decided
+    event and in none of its trails. `intact`: the chain holds and nothing is missing; else `problem` says the first.
+    """
+
+    tenant: str
+    records: int
+    decisions: int
+    missing: int
+    orphans: int
+    intact: bool
+    problem: str | None
+
+
 def chain_of(scope: TenantScope | None) -> str:
     """The name of the chain that a scope's records go to."""
     return SYSTEM_CHAIN if scope is None else scope.tenant_id

@@ -8,27 +8,15 @@ those who read the tables do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Final, Protocol
 
-from contracts.identity import EVERYWHERE, Grant, Principal
+from contracts.identity import EVERYWHERE, Person, Principal
 from contracts.ports import Clock, Credentials
 from contracts.tenancy import TenantScope
 from governance.oidc import OidcIssuer
 from governance.tokens import MAX_TOKEN_BYTES, TokenClaims, TokenIssuer, read_claimed, verify_token
 
 _KEY_PREFIX: Final = "rfk_"
-
-
-@dataclass(frozen=True, slots=True)
-class Person:
-    """A user as the doors need them. Tokens issued before `tokens_valid_from` are no longer good."""
-
-    user_id: str
-    grants: frozenset[Grant]
-    disabled: bool = False
-    tokens_valid_from: datetime | None = None
 
 
 class PersonBook(Protocol):

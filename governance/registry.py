@@ -31,13 +31,6 @@ ANY_MODEL: Final = "*"
 """The model of a halt that holds whatever the model."""
 
 MAX_CONTENT_BYTES: Final = 262_144
-RELEASE_NAMES: Final = frozenset(
-    {"base-guardrail", "base-scorecard", "compliance-policy", "loan-scorecard", "risk-policy"}
-)
-RELEASE_PREFIX: Final = "riskfleet-"
-"""Names of what releases bring, where every tenant uses it; a new name begins with the prefix. Nobody else takes one
-there, or a later release could not bring its version, and its upgrade of the schema would end with an error."""
-
 RELEASE_AUTHOR, RELEASE_APPROVER = "riskfleet", "riskfleet-release"
 
 Kind = Literal["model", "prompt", "policy", "guardrail"]
@@ -265,16 +258,11 @@ class ReleaseArtifact:
         return Pin(name=self.name, version=self.version, digest=self.digest)
 
 
-def is_release_name(name: str) -> bool:
-    """Whether the name is kept for what releases bring."""
-    return name in RELEASE_NAMES or name.startswith(RELEASE_PREFIX)
-
-
 def release_artifacts(directory: Path = DEFAULTS) -> tuple[ReleaseArtifact, ...]:
     """What this release brings, in order of the file names.
 
-    A default that changes gets a new file with a new version, a new one a name for which `is_release_name` holds, and
-    the old file stays: an installation that still uses the old version trusts it by this list alone.
+    A default that changes gets a new file with a new version, and the old file stays: an installation that still uses
+    the old version trusts it by this list alone.
     """
     documents = (orjson.loads(path.read_bytes()) for path in sorted(directory.glob("*.json")))
     return tuple(

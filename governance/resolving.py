@@ -24,6 +24,7 @@ from contracts.identity import Principal
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from governance.audit import SYSTEM_CHAIN, operator_record
+from governance.columns import clean
 from governance.deadletters import (
     Action,
     Command,
@@ -37,7 +38,6 @@ from governance.deadletters import (
     of_an_event,
     state_of,
 )
-from governance.postgres.engine import clean
 
 
 def person_of(caller: Principal) -> str:

@@ -1,12 +1,10 @@
 """Signatures of approvals: Ed25519 over what was approved, by whom and until when.
 
-Promises: without the private key nobody makes content decide that was not approved, not even the owner of the database:
-another content, tenant, name, version, person or time does not fit the signature. Several public keys are accepted at
-once, so that a key can be changed without a gap. Does not promise, against somebody who writes to the tables past
-their triggers: which of the signed versions is active and where, that what was revoked or halted stays so, and a
-tenant's thresholds; nothing of that is signed. What a release brings is not signed either and is trusted by its digest.
-Whoever holds the private key approves what they like. Pure: keys come from the composition root, times are arguments.
-Source: RFC 8032.
+Promises: who can write to the database, its owner included, cannot make a version of their own that decides without
+the private key. Does not promise more: such a person can still activate an approved version of old, take approvals
+away, or set halts, which is what the audit and the backups are for; and defaults of the release are trusted by its own
+list, unsigned. Several public keys are accepted at once, so that a key can be changed without a gap. Pure: keys come
+from the composition root, times are arguments. Source: RFC 8032.
 """
 
 from __future__ import annotations

@@ -379,6 +379,9 @@ class RabbitConsumer:
         if self._loop is not None and self._watcher is not None:
             done, _ = await asyncio.wait({self._loop, self._watcher}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
+                if task.cancelled():
+                    # The client closes connections with CancelledError, which can reach whoever waits on one of them.
+                    raise MessagingFailureError("the consumer was ended together with its connection; start it again")
                 task.result()
 
     async def stop(self) -> None:
@@ -523,6 +526,11 @@ def _is_current(held: _Held) -> bool:
 async def _ack(held: _Held) -> None:
     try:
         await held.message.raw_message.ack()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        log.info("ack.lost", exception_class="CancelledError")  # the connection's end, not ours
     except _CLIENT_ERRORS as error:
         # The delivery comes again and is found to be done.
         log.info("ack.lost", exception_class=type(error).__name__)

@@ -81,7 +81,8 @@ async def _translated() -> AsyncIterator[None]:
     """Translate what the client raises into StateStoreError, once."""
     try:
         yield
-    except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
+    except (redis.exceptions.RedisError, OSError, TimeoutError, RuntimeError) as error:
+        # RuntimeError is uvloop's word for a transport whose peer reset it while it lay in the pool.
         raise StateStoreError(
             f"Redis does not answer ({type(error).__name__}); is it up, and is REDIS_URL right?"
         ) from error

@@ -42,6 +42,7 @@ from contracts.settlement import Ack, Pause, Settlement
 from contracts.state import EventState
 from contracts.telemetry import (
     APPROVALS_OPENED,
+    CONFLICTS,
     DECISIONS,
     DUPLICATES,
     END_TO_END_SECONDS,
@@ -347,6 +348,8 @@ class StageRunner:
             final.append((item, decided))
             if decided.digest == new.digest:
                 self._count_decision(new)
+            else:
+                self._measure(CONFLICTS, kind=new.KIND)
         for item, decided in await self._advanced(final, wave):
             row, mine = by_event[decided.scope.tenant_id, decided.event_id]
             wave.decided(item.entry, decided, row)

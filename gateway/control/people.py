@@ -130,7 +130,7 @@ class BrokerLogin(BaseModel):
     """A tenant's broker user with its new password."""
 
     broker_user: str
-    broker_password: str = Field(repr=False)
+    broker_password: str
 
 
 class Users(BaseModel):
@@ -148,7 +148,7 @@ class TenantList(BaseModel):
 
 
 class Keys(BaseModel):
-    """A tenant's API keys, oldest first: all that live, and the newest that ended, 200 together."""
+    """A tenant's API keys, oldest first."""
 
     keys: tuple[ApiKey, ...]
 
@@ -368,7 +368,7 @@ class _Tenants:
         return _answer(200, tenant)
 
     async def broker_password(self, request: Request) -> Response:
-        caller, scope = await self._desk.tenant(request, Permission.KEYS_MANAGE)
+        caller, scope = await self._desk.tenant(request, Permission.TENANTS_MANAGE)
         user, password = await self._desk.people.tenants.rotate_broker_password(caller, scope)
         self._desk.committed()
         return _answer(200, BrokerLogin(broker_user=user, broker_password=password), _SECRET)
@@ -405,9 +405,9 @@ def _tenant_calls(tenants: _Tenants) -> list[Call]:
         _call(
             f"POST {path}/broker-password",
             "setBrokerPassword",
-            "Give the tenant's broker user another password",
+            "Give the tenant's broker user another password; for administrators of the installation",
             tenants.broker_password,
-            Permission.KEYS_MANAGE,
+            manage,
             {200: Answer("The user and its password, shown this once", BrokerLogin)},
         ),
     ]

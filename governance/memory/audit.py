@@ -12,6 +12,7 @@ from contracts.failures import UndecodableEntryError
 from contracts.state import AuditRecord, EventState
 from contracts.tenancy import TenantScope
 from governance.audit import (
+    AuditReport,
     ChainHead,
     ChainReport,
     ChainRow,
@@ -23,10 +24,9 @@ from governance.audit import (
     trail_gaps,
     verify_chain,
 )
+from governance.columns import clean, moment
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.ledger import DECISIONS, StoredDecision
-from governance.postgres.audit import AuditReport
-from governance.postgres.engine import clean, moment
 
 
 @dataclass(frozen=True, slots=True)

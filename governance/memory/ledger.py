@@ -19,11 +19,11 @@ from contracts.ports import DecisionRow, EventRow, FeedPage
 from contracts.state import EventState, SubjectHistory
 from contracts.tenancy import TenantScope
 from governance.approvals import Opening, opening, policy_of
+from governance.columns import clean, moment
 from governance.feed import START, FeedPosition, check_limit, check_reachable, decode, encode
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.directory import TENANTS
 from governance.memory.records import DEAD_LETTERS, close_letters
-from governance.postgres.engine import clean, moment
 
 EventKey = tuple[TenantScope, str]
 

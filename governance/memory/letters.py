@@ -20,6 +20,7 @@ from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
 from governance.approvals import checked_reason
 from governance.audit import SYSTEM_CHAIN, chain_of
+from governance.columns import clean, moment
 from governance.deadletters import (
     MAX_BATCH,
     MAX_PAGE,
@@ -57,7 +58,6 @@ from governance.memory.directory import TENANTS
 from governance.memory.ledger import DECISIONS, EVENTS
 from governance.memory.records import DEAD_LETTERS, StoredLetter, close_letters, enqueue
 from governance.postgres.cursors import decode_cursor, encode_cursor
-from governance.postgres.engine import clean, moment
 from governance.resolving import (
     act_record,
     check_alone,

@@ -19,9 +19,9 @@ from contracts.ports import Message, OutboxRow
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
 from governance.audit import SYSTEM_CHAIN, chain_of
+from governance.columns import label_row
 from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.directory import TENANTS
-from governance.postgres.labels import label_row
 
 
 @dataclass(frozen=True, slots=True)

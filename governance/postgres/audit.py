@@ -7,7 +7,6 @@ record takes one. The order is that of arrival. `verify` reads page by page: its
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from contracts.ports import Clock
 from contracts.state import AuditRecord, EventState
 from contracts.tenancy import TenantScope
 from governance.audit import (
+    AuditReport,
     ChainHead,
     ChainReport,
     ChainRow,
@@ -31,7 +31,8 @@ from governance.audit import (
     trail_gaps,
     verify_chain,
 )
-from governance.postgres.engine import clean, columns, moment, transaction
+from governance.columns import clean, moment
+from governance.postgres.engine import columns, transaction
 
 # "C" is the order in which Python sorts; another collation here would let two sinks lock each other out.
 _LOCK_HEADS: Final = text(
@@ -102,23 +103,6 @@ _OF_EVENTS: Final = text(
      WHERE tenant = :tenant AND event_id = ANY(CAST(:event_id AS text[]))
     """
 )
-
-
-@dataclass(frozen=True, slots=True)
-class AuditReport:
-    """What `verify` found in one chain.
-
-    `missing` records are owed by a decision's trail and not in the chain; `orphans` are in the chain for a decided
-    event and in none of its trails. `intact`: the chain holds and nothing is missing; else `problem` says the first.
-    """
-
-    tenant: str
-    records: int
-    decisions: int
-    missing: int
-    orphans: int
-    intact: bool
-    problem: str | None
 
 
 _PROBED: Final = text(

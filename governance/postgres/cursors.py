@@ -14,7 +14,7 @@ import orjson
 
 from contracts.events import canonical_json
 from contracts.failures import InvalidMetadataError
-from governance.postgres.engine import moment
+from governance.columns import moment
 
 
 def encode_cursor(place: Sequence[str | int | datetime]) -> str:

@@ -17,9 +17,10 @@ from contracts.ports import Clock, DeadLetter
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
 from governance.audit import SYSTEM_CHAIN, chain_of
+from governance.columns import clean, moment
 from governance.deadletters import LetterSummary
 from governance.postgres.corrections import lock_events
-from governance.postgres.engine import clean, columns, moment, transaction
+from governance.postgres.engine import columns, transaction
 
 _COLUMNS: Final = (
     *("letter_id", "tenant", "event_id", "stage", "category", "problem", "exception_class", "fingerprint"),

@@ -20,12 +20,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.failures import InvalidMetadataError, InvalidModelStateError, InvalidTenantError
-from contracts.identity import EVERYWHERE, Grant, Principal, Role
+from contracts.identity import EVERYWHERE, Grant, Person, Principal, Role
 from contracts.ports import Clock, TenantProfile
 from contracts.state import Thresholds
 from contracts.tenancy import TenantScope
 from governance.access import matches, parse_api_key
-from governance.identity import Person
 from governance.postgres.engine import sqlstate, transaction
 from governance.postgres.schema import api_keys, memberships, tenants, users
 

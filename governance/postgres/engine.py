@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import uuid4
 
@@ -50,11 +49,6 @@ _OPERATIONAL_CLASSES: Final = frozenset({"08", "28", "3D", "40", "53", "57", "58
 # Read-only (a standby after a failover), idle in transaction, lock timeout, a schema that was not upgraded yet,
 # a plan made before an upgrade.
 _OPERATIONAL_CODES: Final = frozenset({"25006", "25P03", "25P04", "55P03", "42P01", "0A000"})
-
-_NUL: Final = "\x00"
-# A day inside what Python can hold: the driver hands a row back in another offset on its way.
-_EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
-_LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 class UnsafeDatabaseError(InfrastructureError):
@@ -219,24 +213,6 @@ async def ping(engine: AsyncEngine) -> str:
     """The server's version, such as "15.9". Raises DatabaseError."""
     async with transaction(engine, ()) as connection:
         return str((await connection.execute(text("SHOW server_version"))).scalar_one()).split(" ")[0]
-
-
-def clean(value: str) -> str:
-    """Text for a text column: PostgreSQL refuses NUL, and one such value would fail its whole batch.
-
-    The exact value stays in the `bytea` of the same row.
-    """
-    return value.replace(_NUL, "�") if _NUL in value else value
-
-
-def moment(value: str) -> datetime:
-    """An RFC 3339 text as aware UTC, held inside years 1 to 9999. Raises ValueError for other text."""
-    parsed = datetime.fromisoformat(value)
-    try:
-        utc = parsed.astimezone(UTC)
-    except OverflowError:  # 0001-01-01T00:00:00+01:00 lies before year 1
-        return _EARLIEST if parsed.year == 1 else _LATEST
-    return min(max(utc, _EARLIEST), _LATEST)
 
 
 def columns(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -31,13 +31,13 @@ from contracts.ports import Clock
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
 from governance.audit import operator_record
-from governance.postgres.engine import moment, sqlstate, transaction
+from governance.columns import moment
+from governance.postgres.engine import sqlstate, transaction
 from governance.postgres.outbox import enqueue_records
 from governance.prompts import check_prompt, diff
 from governance.registry import (
     KINDS,
     MAX_CONTENT_BYTES,
-    RELEASE_PREFIX,
     SHARED,
     Activation,
     Choice,
@@ -52,7 +52,7 @@ from governance.registry import (
     active_before,
     check_move,
     digest_of,
-    is_release_name,
+    release_artifacts,
 )
 from governance.signing import Signer, Statement
 
@@ -217,6 +217,7 @@ class RegistryGate:
         self._clock = clock
         self._partitions = partitions
         self._signer = signer
+        self._released = frozenset((brought.kind, brought.name) for brought in release_artifacts())
         self._validators = {"prompt": check_prompt, **validators}
         missing = [kind for kind in KINDS if kind not in self._validators]
         if missing:
@@ -227,16 +228,12 @@ class RegistryGate:
     async def register(self, caller: Principal, scope: TenantScope | None, draft: Draft) -> Version:
         """Add a version as a draft, with the next number of its name.
 
-        Raises InvalidRequestError with pointers (also for a name of the release where every tenant uses it), and
-        ConflictError naming the usable version of the same content.
+        Raises InvalidRequestError with pointers, and ConflictError naming the usable version of the same content.
         """
         author = _person(caller)
         content = canonical_json(draft.content)
         valid_until = None if draft.valid_until is None else moment(draft.valid_until)
-        self._check_draft(draft, author, content, valid_until)
-        if scope is None and is_release_name(draft.name):
-            kept = ("/name", f"is kept for what a release brings, as is all that begins with {RELEASE_PREFIX}")
-            raise InvalidRequestError("choose a name of your own for what every tenant uses", pointers=(kept,))
+        self._check_draft(scope, draft, author, content, valid_until)
         values = draft.model_dump(include={"kind", "name", "owner", "purpose", "use_tag", "limitations", "validator"})
         values |= {"digest": digest_of(content), "content": content, "author": author, "valid_until": valid_until}
         async with self._command(caller, scope, draft.reason) as command:
@@ -249,8 +246,13 @@ class RegistryGate:
             command.note("registry.registered", _subject(version))
         return version
 
-    def _check_draft(self, draft: Draft, author: str, content: bytes, valid_until: datetime | None) -> None:
+    def _check_draft(
+        self, scope: TenantScope | None, draft: Draft, author: str, content: bytes, valid_until: datetime | None
+    ) -> None:
         wrong = []
+        if scope is None and (draft.kind, draft.name) in self._released:
+            # The next release may bring that version: `db upgrade` would find another content under its number.
+            wrong.append(("/name", "belongs to the release; take another name for what every tenant uses"))
         if len(content) > MAX_CONTENT_BYTES:
             wrong.append(("/content", f"is larger than {MAX_CONTENT_BYTES:,} bytes"))
         if draft.validator == author:

@@ -7,15 +7,14 @@ Does not look whether the event exists: a label may come first. Does not say whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from contracts.failures import DomainValidationError
 from contracts.labels import Label
-from governance.postgres.engine import clean, columns, moment, transaction
+from governance.columns import clean, label_row
+from governance.postgres.engine import columns, transaction
 
 Key = tuple[str, str]
 
@@ -54,32 +53,6 @@ class PostgresLabelBook:
                 (row.tenant, row.label_id) for row in await connection.execute(_INSERT, columns(rows, _COLUMNS))
             }
         return _first_of_each([(label.scope.tenant_id, clean(label.label_id)) for label in labels], inserted)
-
-
-def label_row(label: Label) -> tuple[Any, ...]:
-    """A label's columns in the order of the table. Raises DomainValidationError for a time that cannot be read."""
-    return (
-        label.scope.tenant_id,
-        clean(label.label_id),
-        clean(label.event_id),
-        clean(label.label),
-        clean(label.source),
-        _time(label.effective_at, "effective_at"),
-        _time(label.received_at, "received_at"),
-        label.body,
-    )
-
-
-def _time(value: str, field: str) -> datetime:
-    try:
-        if datetime.fromisoformat(value).tzinfo is not None:
-            return moment(value)
-    except ValueError:
-        pass  # told below, without the value
-    raise DomainValidationError(
-        "a label's time cannot be read; send it again as RFC 3339 with an offset",
-        pointers=((f"/{field}", "must be an RFC 3339 date-time with an offset"),),
-    )
 
 
 def _first_of_each(keys: Sequence[Key], inserted: set[Key]) -> tuple[bool, ...]:

@@ -25,8 +25,9 @@ from contracts.state import EventState, SubjectHistory
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
 from governance.approvals import ApprovalPolicy, Cause, Opening, opening, policy_of
+from governance.columns import clean, moment
 from governance.postgres.corrections import Correction, Key, lock_events, supersede
-from governance.postgres.engine import clean, columns, moment, transaction
+from governance.postgres.engine import columns, transaction
 
 _EVENT: Final = (
     *("tenant", "event_id", "identity", "body_digest", "kind", "type", "subject_type", "subject_id"),

@@ -30,6 +30,7 @@ from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
 from governance.approvals import checked_reason
 from governance.audit import SYSTEM_CHAIN, chain_of
+from governance.columns import clean
 from governance.deadletters import (
     MAX_BATCH,
     MAX_PAGE,
@@ -65,7 +66,7 @@ from governance.postgres.corrections import lock_events
 from governance.postgres.cursors import decode_cursor, encode_cursor
 from governance.postgres.deadletters import SUMMARY, letters_of, summary
 from governance.postgres.directory import tenant_ids
-from governance.postgres.engine import clean, columns, transaction
+from governance.postgres.engine import columns, transaction
 from governance.postgres.outbox import enqueue, enqueue_records
 from governance.resolving import (
     act_record,

@@ -40,8 +40,6 @@ USER_ID: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,126}")
 
 _UNIQUE_VIOLATION: Final = "23505"
 _LAST_ADMIN_LOCK: Final = 7_205_759_403_794
-_NOBODY: Final = Principal("nobody", "", frozenset())
-_RECOVERY: Final = Principal("system:recovery", "", frozenset({Grant(EVERYWHERE, Role.ADMIN)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,23 +178,21 @@ class People:
         return LoggedIn(token, now + timedelta(seconds=self._policy.token_ttl_s), scope)
 
     async def _guess(self, user_id: str, password: str) -> bool:
-        """Count a guess, compare, and take the count back when it was right.
-
-        The last guess locks before it is compared, and a right one opens again: both stand in the audit.
-        """
+        """Count a guess, compare, and take the count back when it was right."""
         self._p.passwords.check_room()
-        stored, locked = await self._count_guess(user_id)
+        stored, locks = await self._count_guess(user_id)
         if not await self._p.passwords.matches(password, stored) or stored is None:
+            if locks:
+                async with transaction(self._p.engine, [None]) as connection:
+                    nobody = Principal("nobody", "", frozenset())
+                    await self._p.note(connection, None, "user.locked", nobody, {"user": user_id}, {})
             return False
         fresh = stored
         if self._p.passwords.outdated(stored):
             fresh = await self._p.passwords.renew(password, self._p.random(SALT_BYTES))
-        async with transaction(self._p.engine, [None]) as connection:
+        async with transaction(self._p.engine, ()) as connection:
             values = {"user_id": user_id, "stored": stored, "fresh": fresh}
-            right = (await connection.execute(_RIGHT, values)).one_or_none() is not None
-            if right and locked:
-                await self._p.note(connection, None, "user.unlocked", _NOBODY, {"user": user_id}, {})
-        return right
+            return (await connection.execute(_RIGHT, values)).one_or_none() is not None
 
     async def _count_guess(self, user_id: str) -> tuple[str | None, bool]:
         """The hash to compare with, and whether this was the last guess before the lock."""
@@ -205,13 +201,9 @@ class People:
         now = self._p.clock.now()
         until = now + timedelta(seconds=self._policy.lock_s)
         values = {"user_id": user_id, "now": now, "until": until, "guesses": self._policy.guesses}
-        async with transaction(self._p.engine, [None]) as connection:
+        async with transaction(self._p.engine, ()) as connection:
             row = (await connection.execute(_GUESS, values)).one_or_none()
-            locked = row is not None and row.locked_until is not None
-            if locked:
-                # With the lock itself: a process that dies now leaves no lock without its record.
-                await self._p.note(connection, None, "user.locked", _NOBODY, {"user": user_id}, {})
-        return (None if row is None else row.password_hash), locked
+        return (None, False) if row is None else (row.password_hash, row.locked_until is not None)
 
     async def logout_everywhere(self, caller: Principal) -> None:
         """End every token of the caller that was issued until now. Raises AuthorizationError for an API key."""
@@ -294,7 +286,7 @@ class People:
 
         Ends every token of the user. Raises AuthorizationError, NotKnownError or InvalidRequestError.
         """
-        own = caller.actor == f"user:{user_id}"
+        own = _user_of(caller) == user_id
         if not own:
             _need_everywhere(caller)
         hashed = await self._p.passwords.hash(password, self._p.random(SALT_BYTES))
@@ -305,18 +297,6 @@ class People:
             values = {"user_id": user_id, "password_hash": hashed, "now": self._p.clock.now()}
             await connection.execute(_SET_PASSWORD, values)
             await self._p.note(connection, None, "user.password_set", caller, {"user": user_id}, {"own": int(own)})
-
-    async def recover_admin(self, user_id: str, password: str) -> None:
-        """Let an administrator of the installation in again with a new password, for whoever has the database's URL.
-
-        Makes nobody an administrator. Raises NotKnownError for a user who is none, and InvalidRequestError.
-        """
-        async with transaction(self._p.engine, ()) as connection:
-            known = USER_ID.fullmatch(user_id) is not None
-            if not known or not (await connection.execute(_IS_ADMIN, {"user_id": user_id})).scalar_one():
-                raise NotKnownError(f"{user_id!r} is no administrator of the installation")
-        await self.set_password(_RECOVERY, user_id, password)
-        await self.enable(_RECOVERY, user_id)
 
     async def users(self, caller: Principal, after: str = "", limit: int = 200) -> Sequence[User]:
         """The users whom the caller administers, in order of their ids: all, or those with a role in own tenants."""
@@ -405,6 +385,10 @@ def _user_of(caller: Principal) -> str:
 
 def _place(scope: TenantScope | None) -> str:
     return EVERYWHERE if scope is None else scope.tenant_id
+
+
+def _why(reason: str) -> dict[str, str | int]:
+    return {"reason": reason} if reason else {}
 
 
 def _user(row: Any) -> User:

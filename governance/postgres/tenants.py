@@ -39,8 +39,8 @@ from governance.postgres.engine import transaction
 
 MAX_OVERLAP_S: Final = 7 * 86_400
 MAX_KEYS: Final = 100
-MAX_LISTED: Final = 200
-"""Every key that lives fits, and the newest of those that ended."""
+MAX_KEYS_SHOWN: Final = 500
+"""More than may live, so that no living key is ever hidden behind dead ones."""
 _BROKER_S: Final = 4.0
 """Within PostgreSQL's idle_in_transaction_session_timeout (5 s): the row's lock is held meanwhile."""
 _AMOUNT: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,8})?")
@@ -148,11 +148,13 @@ _LIVE_KEYS: Final = text(
 )
 _KEYS: Final = text(
     """
-    SELECT k.*, u.disabled_at IS NOT NULL AS owner_disabled
-      FROM api_keys k LEFT JOIN users u ON u.user_id = k.owner
-     WHERE k.tenant = :tenant
-     ORDER BY (k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > :now)) DESC, k.created_at DESC,
-              k.key_id DESC LIMIT :limit
+    SELECT * FROM (
+        SELECT k.*, u.disabled_at IS NOT NULL AS owner_disabled
+          FROM api_keys k LEFT JOIN users u ON u.user_id = k.owner
+         WHERE k.tenant = :tenant
+         ORDER BY (k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > :now)) DESC, k.created_at DESC
+         LIMIT :most) AS shown
+     ORDER BY created_at, key_id
     """
 )
 _LOCK_KEY: Final = text("SELECT * FROM api_keys WHERE tenant = :tenant AND key_id = :key_id FOR UPDATE")
@@ -232,11 +234,7 @@ class Tenants:
     async def suspend(self, caller: Principal, scope: TenantScope, reason: str = "") -> Tenant:
         """Shut every door: keys and bound logins end within 5 s, the broker user at once.
 
-        What was confirmed before is still decided, and people still work: a login that is bound to no tenant submits
-        nothing anywhere, but approves, looks and halts here, since what waits for a person must not wait for the end of
-        a suspension. Take the grants of whoever should not.
-
-        Raises AuthorizationError, NotKnownError, MessagingFailureError.
+        What was confirmed before is still decided. Raises AuthorizationError, NotKnownError, MessagingFailureError.
         """
         return await self._turn(caller, scope, "suspended", reason)
 
@@ -266,19 +264,15 @@ class Tenants:
     async def rotate_broker_password(self, caller: Principal, scope: TenantScope) -> tuple[str, str]:
         """(broker user, its new password); connections that are open stay open, the old password opens none.
 
-        A credential of the tenant, as its API keys are: who manages those changes it too, so that a leak need not wait
-        for the installation's administrators. Raises AuthorizationError, NotKnownError, MessagingFailureError, and
-        ConflictError while the tenant is suspended or when nobody gave it a broker user.
+        Raises ConflictError while the tenant is suspended, else as `suspend`.
         """
-        need(caller, Permission.KEYS_MANAGE, scope)
+        need(caller, Permission.TENANTS_MANAGE, None)
         password = self._p.random(32).hex()
         async with transaction(self._p.engine, [scope]) as connection:
             tenant = _tenant(await self._found(connection, scope, _LOCK))
             if tenant.status != "active":
                 raise ConflictError(f"tenant {scope} is suspended; resume it first")
-            user = tenant.broker_user
-            if user is None:
-                raise ConflictError(f"tenant {scope} has no broker user, so there is no password to change")
+            user = tenant.broker_user or upstream_user(scope)
             async with _promptly():
                 await self._broker().open_upstream(scope, user, password)
             action = "tenant.broker_password_set"
@@ -315,14 +309,11 @@ class Tenants:
         return key
 
     async def keys(self, scope: TenantScope) -> Sequence[ApiKey]:
-        """The tenant's keys without secrets, oldest first: all that live, and the newest that ended, 200 in all.
-
-        The audit has every key there ever was.
-        """
-        values = {"tenant": scope.tenant_id, "now": self._p.clock.now(), "limit": MAX_LISTED}
+        """The tenant's living keys and the newest dead ones, 500 at most, oldest first, without secrets."""
+        values = {"tenant": scope.tenant_id, "now": self._p.clock.now(), "most": MAX_KEYS_SHOWN}
         async with transaction(self._p.engine, [scope]) as connection:
             rows = (await connection.execute(_KEYS, values)).all()
-        return tuple(sorted((_api_key(row) for row in rows), key=lambda key: (key.created_at, key.key_id)))
+        return tuple(_api_key(row) for row in rows)
 
     async def rotate_key(self, caller: Principal, scope: TenantScope, key_id: str, overlap_s: int = 3_600) -> MadeKey:
         """A new key of the same role, label and lifetime; the old one ends after `overlap_s` (7 days at most).

@@ -21,7 +21,6 @@ import pytest
 import typer
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
@@ -38,12 +37,10 @@ from contracts.failures import (
 from contracts.identity import EVERYWHERE, Grant, Permission, Principal, Role
 from contracts.tenancy import TenantScope
 from contracts.topology import topology
-from deploy import local, provision
 from deploy.cli_people import attach
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.runtime import RandomIds, SystemClock
 from deploy.servers import ServerUrls
-from deploy.settings import Settings
 from gateway.calls import openapi, routes
 from gateway.control.desk import Desk
 from gateway.control.people import calls
@@ -200,33 +197,6 @@ async def test_every_failed_login_costs_one_comparison_and_the_same_time_at_leas
             await people.login(user, PASSWORD)
 
 
-async def test_a_lock_and_its_record_are_one_commit(house: House) -> None:
-    class Dying(Passwords):
-        async def matches(self, password: str, stored: str | None) -> bool:
-            raise RuntimeError("the process ended here")
-
-    user = await house.user()
-    people = People(replace(house.ports, passwords=Dying(memory_kib=64, passes=1)), house.policy)
-    for _ in range(10):
-        with pytest.raises(RuntimeError):
-            await people.login(user, PASSWORD)
-    async with transaction(house.engine, ()) as connection:
-        query = text("SELECT locked_until FROM users WHERE user_id = :u")
-        assert (await connection.execute(query, {"u": user})).scalar_one() is not None
-    assert len([r for r in await house.records(None, "user.locked") if r["subject"] == {"user": user}]) == 1
-
-
-async def test_a_right_tenth_guess_opens_the_lock_again_and_the_audit_says_so(house: House) -> None:
-    user = await house.user()
-    for _ in range(9):
-        with pytest.raises(AuthenticationError):
-            await house.people.login(user, "wrong")
-    await house.people.login(user, PASSWORD)
-    for action in ("user.locked", "user.unlocked"):
-        assert len([r for r in await house.records(None, action) if r["subject"] == {"user": user}]) == 1, action
-    await house.people.login(user, PASSWORD)
-
-
 async def test_ten_wrong_guesses_lock_for_a_quarter_of_an_hour(house: House) -> None:
     user = await house.user()
     for _ in range(10):
@@ -340,26 +310,6 @@ async def test_a_user_of_an_identity_provider_is_found_by_its_subject(house: Hou
         await house.people.login(user, "")
     with pytest.raises(ConflictError):
         await house.people.create(ROOT, user + "2", "Twin", oidc=("https://idp.example", subject))
-
-
-async def test_an_administrator_who_lost_the_password_comes_in_again_and_nobody_else_does(
-    house: House, tmp_path: Path
-) -> None:
-    admin, _, other = [await house.user((None, r)) for r in (Role.ADMIN, Role.ADMIN, Role.APPROVER)]
-    token = (await house.people.login(admin, PASSWORD)).token
-    await house.people.disable(ROOT, admin)
-    settings = local.with_servers(Settings(data_dir=tmp_path, pepper=SecretStr("p" * 32)), house.urls)
-    password = await provision.recover_admin(settings, admin)
-    with pytest.raises(AuthenticationError):
-        await house.people.login(admin, PASSWORD)
-    assert (await house.people.login(admin, password)).token
-    assert await house.credentials.principal(token) is None
-    for action in ("user.password_set", "user.enabled"):
-        (record,) = [r for r in await house.records(None, action) if r["subject"] == {"user": admin}]
-        assert record["actor"] == "system:recovery"
-    for nobody in (other, "nobody", "a\0b", ""):
-        with pytest.raises(NotKnownError, match="no administrator"):
-            await provision.recover_admin(settings, nobody)
 
 
 # --- grants -------------------------------------------------------------------------------------------
@@ -773,22 +723,6 @@ async def test_an_upstream_cannot_touch_what_is_not_its_own(pair: tuple[Upstream
     assert all(each.connection.is_open for each in pair)
 
 
-async def test_a_tenants_administrator_changes_its_broker_password_and_no_others(
-    house: House, pair: tuple[Upstream, Upstream]
-) -> None:
-    own, other = pair[0].scope, pair[1].scope
-    admin = await house.user((own, Role.ADMIN))
-    caller = await house.as_user(admin)
-    assert caller is not None
-    user, password = await house.people.tenants.rotate_broker_password(caller, own)
-    with connected(house, own, password) as connection:
-        publish(connection.channel(), f"{own}.risk", user)
-    with pytest.raises(NotKnownError):
-        await house.people.tenants.rotate_broker_password(caller, other)
-    with pytest.raises(ConflictError, match="no broker user"):
-        await house.people.tenants.rotate_broker_password(ROOT, await house.tenant())
-
-
 async def test_the_old_broker_password_opens_nothing_after_a_rotation(
     house: House, pair: tuple[Upstream, Upstream]
 ) -> None:
@@ -799,21 +733,6 @@ async def test_the_old_broker_password_opens_nothing_after_a_rotation(
         publish(connection.channel(), f"{scope}.risk", user)
     with pytest.raises(pika.exceptions.AMQPError):
         connected(house, scope, "the old one")
-
-
-async def test_every_living_key_is_listed_and_the_newest_that_ended(house: House) -> None:
-    scope = await house.tenant()
-    first = await house.people.tenants.create_key(ROOT, scope, label="first")
-    async with transaction(house.engine, [scope]) as connection:
-        query = """INSERT INTO api_keys (key_id, tenant, mac, role, owner, label, created_at, revoked_at)
-                   SELECT 'rfk_' || left(md5(:t || n), 12), :t, sha256((:t || n)::bytea), 'SERVICE', '', 'old',
-                          CAST(:now AS timestamptz) + n * interval '1 second', :now FROM generate_series(1, 300) n"""
-        await connection.execute(text(query), {"t": str(scope), "now": house.clock.now()})
-    listed = await house.people.tenants.keys(scope)
-    assert len(listed) == 200
-    assert listed[0].key_id == first.key_id
-    assert [key.created_at for key in listed] == sorted(key.created_at for key in listed)
-    assert (listed[-1].created_at - listed[0].created_at).total_seconds() == pytest.approx(300, abs=5)
 
 
 # --- over HTTP ----------------------------------------------------------------------------------------

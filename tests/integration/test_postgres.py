@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-import re
 import secrets
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -48,11 +42,8 @@ from contracts.state import (
     begin,
 )
 from contracts.tenancy import TenantScope
-from deploy import keys, local, provision
-from deploy.migrations.dump import dump
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.servers import ServerUrls
-from deploy.settings import Settings
 from governance.access import KEY_BYTES, new_api_key
 from governance.postgres import (
     PostgresAuditLog,
@@ -188,40 +179,6 @@ async def test_tables_are_what_the_schema_module_says(database: ServerUrls, owne
 
     async with owner.connect() as connection:
         assert await connection.run_sync(differences) == []
-
-
-def test_the_committed_schema_is_what_the_migrations_make(database: ServerUrls) -> None:
-    """As the pg_dump of PostgreSQL 15 writes it; another major version may put the same schema into other words."""
-    program = shutil.which("pg_dump")
-    said = subprocess.run([program or "false", "--version"], capture_output=True, text=True, check=False).stdout
-    if " 15." not in said:
-        message = f"needs pg_dump of PostgreSQL 15, found {said.strip() or 'none'}"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
-    committed = (Path(__file__).resolve().parents[2] / "docs" / "schema.sql").read_text()
-    assert dump(database.migration_database) == committed, "run make documents"
-
-
-RUNBOOK = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
-
-
-async def test_the_sql_of_the_runbook_runs_and_sees_rows_under_row_level_security(
-    database: ServerUrls, engine: AsyncEngine, scope: TenantScope, clock: SetClock
-) -> None:
-    """As the owner, whom the runbook means; a plain SELECT would show nothing and say nothing."""
-    blocks = re.findall(r"```sql\n(.*?)```", RUNBOOK, re.DOTALL)
-    await create_tenant(engine, scope, "Acme")
-    letter = DeadLetter(f"sql-{scope}", scope, "e" * 32, "scoring", "c", "p", "E", str(scope), 3, AT, AT, b"b")
-    await PostgresDeadLetters(engine, clock).park([letter])
-    owner = await asyncpg.connect(database.migration_database)
-    try:
-        shown = []
-        for block in blocks:
-            for statement in filter(str.strip, block.split(";")):
-                shown += await owner.fetch(statement)
-    finally:
-        await owner.close()
-    assert len(blocks) >= 2
-    assert str(scope) in {row.get("fingerprint") for row in shown}
 
 
 async def test_an_upgrade_may_be_repeated(database: ServerUrls) -> None:
@@ -514,22 +471,6 @@ async def test_there_is_one_first_admin(engine: AsyncEngine) -> None:
     made = await asyncio.gather(*(create_first_admin(engine, f"u{i}", "Ada") for i in range(4)))
     assert sum(made) <= 1
     assert await has_users(engine)
-
-
-async def test_a_data_directory_of_an_older_release_gets_the_keys_that_roles_need_now(
-    database: ServerUrls, engine: AsyncEngine, tmp_path: Path
-) -> None:
-    """There are users already, so nothing else is made: 0.1.0 had a pepper, and no artifact or token keys."""
-    await create_first_admin(engine, "first", "Ada")
-    (tmp_path / "keys").mkdir()
-    (tmp_path / "keys" / "pepper").write_text("p" * 64)
-    settings = local.with_servers(Settings(data_dir=tmp_path), database)
-    assert await provision.demo(settings) is None
-    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == [
-        *("artifact.key", "artifact.pub", "pepper", "token.key", "token.pub"),
-    ]
-    keys.artifact_verifier(settings)
-    assert (tmp_path / "keys" / "pepper").read_text() == "p" * 64
 
 
 # --- registry -----------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from gateway.web import application
 from governance.postgres.engine import create_engine, transaction
 from governance.postgres.gate import RegistryGate
 from governance.postgres.registry import PostgresRegistry
-from governance.registry import TRANSITIONS, Choice, Draft, Version, VersionKey, VersionStatus
+from governance.registry import TRANSITIONS, Choice, Draft, Version, VersionKey, VersionStatus, release_artifacts
 from governance.signing import Signer, Verifier
 from tests.fakes import InMemoryDirectory, RecordingTelemetry
 
@@ -477,17 +477,6 @@ async def test_what_every_tenant_uses_goes_through_the_same_gate(
     assert (default[0].action, default[0].activated_by) == ("activate", "riskfleet")
 
 
-@pytest.mark.parametrize("name", ["base-scorecard", "risk-policy", "riskfleet-anything"])
-async def test_nobody_takes_a_name_that_a_release_may_bring_for_every_tenant(
-    gate: RegistryGate, scope: TenantScope, name: str
-) -> None:
-    """Or the next `db upgrade` would find other content under its version's name, and end there."""
-    with pytest.raises(InvalidRequestError) as refused:
-        await registered(gate, None, draft(name))
-    assert [pointer for pointer, _ in refused.value.pointers] == ["/name"]
-    assert (await registered(gate, scope, draft(name))).name == name
-
-
 async def test_signatures_of_an_older_key_hold_as_long_as_it_is_trusted(
     gate: RegistryGate, engine: AsyncEngine, scope: TenantScope
 ) -> None:
@@ -795,3 +784,13 @@ async def test_a_version_that_was_never_registered_is_not_known(gate: RegistryGa
         gate.activate(CYD, scope, [Choice(kind="model", name="none", version=1, scope_key="risk")], WHY),
     ]
     assert await outcomes(calls) == ["NotKnownError"] * 5
+
+
+async def test_a_name_of_the_release_belongs_to_the_release_where_every_tenant_looks(
+    gate: RegistryGate, scope: TenantScope
+) -> None:
+    brought = next(artifact for artifact in release_artifacts() if artifact.kind == "model")
+    with pytest.raises(InvalidRequestError) as refused:
+        await registered(gate, None, draft(brought.name))
+    assert [pointer for pointer, _ in refused.value.pointers] == ["/name"]
+    assert (await registered(gate, scope, draft(brought.name))).name == brought.name

@@ -383,13 +383,14 @@ class Fleet:
         self._in_world(lambda: self.loop.call_later(restart_s, self._start, process.kind, process.name))
 
     def stop(self, process: Process, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT after `seconds`."""
+        """SIGSTOP, and SIGCONT after `seconds`; when that is long the broker gives its deliveries to others."""
         if process.life is not Life.RUNNING:
             return
         process.life = Life.STOPPED
         self.counts.faults["stop"] += 1
         if seconds > _BEAT_TTL_S:
             self._in_world(lambda: self.loop.call_later(_BEAT_TTL_S, self.redis.silence, process.boot))
+            self._in_world(lambda: self.loop.call_later(1.0, self.broker.cut, process.boot))
         self._in_world(lambda: self.loop.call_later(seconds, self._continue, process))
 
     def _continue(self, process: Process) -> None:

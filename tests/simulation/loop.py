@@ -148,7 +148,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Keep what nobody awaited; a task that died with its process is no error."""
-        if "exception" in context:
+        if not isinstance(context.get("exception", asyncio.CancelledError()), asyncio.CancelledError):
             self.errors.append(context)
 
     # --- running --------------------------------------------------------------------------------------------

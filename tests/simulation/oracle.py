@@ -19,7 +19,7 @@ from contracts.topology import DECISIONS as DECISIONS_EXCHANGE
 from governance.audit import chain_of
 from governance.memory import MemoryDatabase
 from governance.memory.audit import RECORDS, _verify
-from governance.memory.ledger import DECISIONS, EVENTS, StoredDecision
+from governance.memory.ledger import APPROVALS, DECISIONS, EVENTS, StoredDecision
 from governance.memory.records import DEAD_LETTERS, StoredLetter
 from resilience.memory.broker import MemoryBroker
 from resilience.memory.state_store import MemoryRedis
@@ -73,6 +73,7 @@ def violations(seen: Observed, answers: Sequence[Answered], poisons: int) -> lis
         *_parks(seen, letters, poisons),
         *_one_outcome(seen, rows),
         *_never_more_permissive(answers, rows),
+        *_asked(seen, rows),
         *_audited(seen),
         *_isolated(seen),
         *_nothing_left(seen),
@@ -178,6 +179,19 @@ def faultless(body: bytes) -> Outcome:
     run.loop.run(run._main())
     (row,) = run.fleet.database.contents(DECISIONS)
     return Outcome(row.outcome)
+
+
+def _asked(seen: Observed, rows: dict[tuple[str, str], StoredDecision]) -> list[str]:
+    """What waits for a person is in front of one."""
+    asked = {(row.tenant, row.event_id) for row in seen.database.contents(APPROVALS)}
+    waiting = [key for key, row in rows.items() if row.outcome == Outcome.REQUIRE_APPROVAL]
+    return [f"{key} waits for a person, and none is asked" for key in waiting if key not in asked]
+
+
+def orphans(seen: Observed) -> int:
+    """Records of versions that no decision stands on: what was computed twice after Redis forgot."""
+    reports = [seen.database.apply([scope], lambda tx, scope=scope: _verify(tx, scope, None)) for scope in seen.tenants]  # type: ignore[misc]
+    return sum(report.orphans for report in reports)
 
 
 def _audited(seen: Observed) -> list[str]:

@@ -8,6 +8,7 @@ queues ran dry; not running dry within the deadline is a violation.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from contracts.topology import INGEST, STAGES, WORK, stage_queue
 from gateway.intake import Admission, Refusal, Submission
 from tests.simulation.fleet import LEASE_S, TENANTS, Fleet, Process
 from tests.simulation.loop import Life, VirtualLoop
-from tests.simulation.oracle import Answered, Observed, violations
+from tests.simulation.oracle import Answered, Observed, orphans, violations
 from tests.simulation.plans import LONGEST_S, Fault, Mode, Plan, Sent, Strike
 
 DEADLINE_S: Final = 900.0
@@ -62,11 +63,7 @@ class Run:
         self.loop.owned(self.loop.world).run(self._make)
         dry = self.loop.run(self._main())
         fleet = self.fleet
-        found = violations(
-            Observed(fleet.database, fleet.broker, fleet.redis, TENANTS, fleet.counts.faults["kill"]),
-            self.answers,
-            self._poisons,
-        )
+        found = violations(self._observed(), self.answers, self._poisons)
         if not dry:
             waiting = {name: depth for name, depth in fleet.broker.depths().items() if _busy(name, depth)}
             found.append(f"the queues did not run dry within {DEADLINE_S} s: {sorted(waiting)}")
@@ -75,6 +72,10 @@ class Run:
             self.plan, found, self.loop.trace, self.loop.time(), self._counted(), self.struck,
             {f"{kind}:{place}": n for (kind, place), n in fleet.counts.hits.items()},
         )  # fmt: skip
+
+    def _observed(self) -> Observed:
+        fleet = self.fleet
+        return Observed(fleet.database, fleet.broker, fleet.redis, TENANTS, fleet.counts.faults["kill"])
 
     def _counted(self) -> dict[str, int]:
         fleet = self.fleet
@@ -88,6 +89,7 @@ class Run:
             "decided": len(rows[0]),
             "records": len(rows[1]),
             "letters": len(rows[2]),
+            "orphans": orphans(self._observed()),
         }
 
     def _make(self) -> None:
@@ -295,9 +297,20 @@ def _tables() -> tuple[Any, ...]:
 
 
 def run(plan: Plan) -> Result:
-    """Run a plan. What dead tasks hold is thrown away in silence: their processes are gone."""
+    """Run a plan. What dead tasks hold is thrown away here, in silence: their processes are gone.
+
+    Nothing is collected meanwhile: the `finally` of a dead process of one run must not run inside another.
+    """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    collecting = gc.isenabled()
+    gc.disable()
+    if not gc.get_freeze_count():  # what is there for good need not be looked through after every run
+        gc.collect()
+        gc.freeze()
     try:
         return Run(plan).result()
     finally:
+        gc.collect()
         sys.unraisablehook = hook
+        if collecting:
+            gc.enable()

@@ -1,136 +1,73 @@
-"""The container files agree with the code: no engine is at hand to try them, so what can be compared is compared."""
+"""The Compose file and the code speak of the same fleet; nobody has to start a container to see it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import pytest
 import yaml
 
-from deploy import containers, keys, local
-from deploy.cli import app
-from deploy.settings import load
-from tests.unit.test_docs import commands_of
+from deploy.containers import urls
+from deploy.local import roles
+from deploy.settings import Settings, variables
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-ON_THE_MACHINE: dict[str, Any] = yaml.safe_load((ROOT / "deploy/docker/servers.yml").read_text())
-SERVICES: dict[str, Any] = COMPOSE["services"]
-SERVERS = ("postgresql", "redis", "rabbitmq")
-ROLES = {name: service for name, service in SERVICES.items() if name not in (*SERVERS, "migrate")}
+SERVERS = {"postgresql", "redis", "rabbitmq"}
 
 
-def resolved(value: str) -> str:
-    """A value with the defaults of its variables, as Compose takes it without a .env file."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+def compose(name: str = "docker-compose.yml") -> dict[str, Any]:
+    found = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
 
 
-def environment(name: str) -> dict[str, str]:
-    return {key: resolved(value) for key, value in SERVICES[name]["environment"].items()}
+def fleet_services() -> dict[str, dict[str, Any]]:
+    return {name: s for name, s in compose()["services"].items() if name not in SERVERS | {"migrate"}}
 
 
-def target(volume: str) -> tuple[str, str, str]:
-    source, path, *mode = volume.split(":")
-    return source, path, mode[0] if mode else "rw"
+def test_every_role_of_a_fleet_has_its_container() -> None:
+    wanted = {" ".join(spec.argv[3 : spec.argv.index("--health-port")]) for spec in roles(0)}
+    assert {" ".join(service["command"]) for service in fleet_services().values()} == wanted
 
 
-def test_every_role_of_a_local_fleet_has_a_service_and_no_other() -> None:
-    wanted = {
-        spec.argv[spec.argv.index("deploy.role") + 1 : spec.argv.index("--health-port")] for spec in local.roles(0)
-    }
-    assert {tuple(service["command"]) for service in ROLES.values()} == wanted
+def test_every_variable_of_a_container_is_a_setting() -> None:
+    known = set(variables().values())
+    for name, service in (fleet_services() | {"migrate": compose()["services"]["migrate"]}).items():
+        assert set(service["environment"]) <= known, name
 
 
-@pytest.mark.parametrize("name", [*ROLES, "migrate"])
-def test_the_settings_know_every_variable_of_a_service(name: str) -> None:
-    settings = load(environment(name))
-    for needed in ("database_url", "redis_url", "rabbitmq_url", "rabbitmq_management_url", "pepper"):
-        assert settings.need(needed)
-    assert (settings.migration_database_url is not None) == (name == "migrate")
+def test_ports_are_published_on_this_machine_only_and_are_those_of_the_settings() -> None:
+    for document in (compose(), compose("deploy/docker/servers.yml")):
+        published = [port for service in document["services"].values() for port in service.get("ports", ())]
+        assert published
+        assert all(port.startswith("127.0.0.1:") for port in published)
+    services, defaults = compose()["services"], Settings()
+    assert services["gateway"]["ports"] == [f"127.0.0.1:{defaults.http_port}:{defaults.http_port}"]
+    assert services["control"]["ports"] == [f"127.0.0.1:{defaults.control_port}:{defaults.control_port}"]
 
 
-@pytest.mark.parametrize("name", ROLES)
-def test_a_service_is_asked_for_health_where_it_answers(name: str) -> None:
-    settings = load(environment(name))
-    port = {"gateway": settings.http_port, "control": settings.control_port}.get(name, settings.health_port)
-    (url,) = re.findall(r"'(http://[^']+)'", SERVICES[name]["healthcheck"]["test"][-1])
-    assert (urlsplit(url).port, urlsplit(url).path) == (port, "/health/ready")
-    for published in SERVICES[name].get("ports", []):
-        host, outside, inside = published.split(":")
-        assert (host, outside, inside) == ("127.0.0.1", str(port), str(port))
-        # What is published must listen on more than the container's own loopback.
-        assert (settings.http_host if name == "gateway" else settings.control_host) == "0.0.0.0"
+def test_health_is_asked_where_the_role_answers() -> None:
+    own = {"gateway": Settings().http_port, "control": Settings().control_port}
+    for name, service in fleet_services().items():
+        port = own.get(name, int(service["environment"]["RISKFLEET_HEALTH_PORT"]))
+        assert f"http://127.0.0.1:{port}/health/ready" in service["healthcheck"]["test"][-1], name
 
 
-def test_public_keys_go_to_every_role_and_private_ones_to_control_alone() -> None:
-    mounted = {name: [target(volume) for volume in service["volumes"]] for name, service in ROLES.items()}
-    private = {name for name, volumes in mounted.items() if any(source == "keys" for source, _, _ in volumes)}
-    assert private == {"control"}
-    for name, volumes in mounted.items():
-        data_dir = environment(name)["RISKFLEET_DATA_DIR"]
-        assert [(path, mode) for _, path, mode in volumes] == [(data_dir, "ro")], name
-    made = environment("migrate")["RISKFLEET_DATA_DIR"]
-    assert made == environment("control")["RISKFLEET_DATA_DIR"]
-    (script,) = SERVICES["migrate"]["command"]
-    copied = f"cp {keys.public_file(Path(made), 'artifact').with_name('*.pub')} "
-    assert copied + f"{environment('ingress')['RISKFLEET_DATA_DIR']}/keys/" in script
-    assert {source for volumes in mounted.values() for source, _, _ in volumes} <= set(COMPOSE["volumes"])
+def test_only_control_and_the_migration_see_private_keys() -> None:
+    services = fleet_services() | {"migrate": compose()["services"]["migrate"]}
+    seeing = {name for name, s in services.items() if any(v.startswith("private:") for v in s["volumes"])}
+    assert seeing == {"control", "migrate"}
+    for name, service in services.items():
+        directory = service["environment"]["RISKFLEET_DATA_DIR"]
+        assert any(volume.split(":")[1] == directory for volume in service["volumes"]), name
 
 
-def test_the_directories_of_keys_belong_to_the_user_of_the_image() -> None:
-    dockerfile = (ROOT / "deploy/docker/Dockerfile").read_text()
-    (made,) = re.findall(r"install -d -o riskfleet -m 700 (.+)", dockerfile)
-    mounted = {target(volume)[1] for name in (*ROLES, "migrate") for volume in SERVICES[name]["volumes"]}
-    assert set(made.split()) == mounted
-    (exposed,) = re.findall(r"^EXPOSE (.+)$", dockerfile, re.MULTILINE)
-    assert exposed.split() == ["8080", "8081", "9000"]
-
-
-def test_what_a_role_needs_is_made_before_it_starts() -> None:
-    (script,) = SERVICES["migrate"]["command"]
-    said = [tuple(words.split()) for words in re.findall(r"riskfleet ((?:[a-z]+ ?)+)", script)]
-    known = commands_of(app)
-    assert [words[:2] for words in said] == [
-        ("keys", "init"),
-        ("db", "upgrade"),
-        ("topology", "apply"),
-        ("db", "upgrade"),
-    ]
-    assert all(words[1] in known[words[0]] for words in said)
-    assert all("migrate" in service["depends_on"] for service in ROLES.values())
-
-
-def test_the_servers_alone_answer_where_a_local_fleet_looks_for_them() -> None:
-    urls = containers.urls({})
-    published = {
-        name: [int(port.split(":")[1]) for port in [*SERVICES[name].get("ports", []), *service["ports"]]]
-        for name, service in ON_THE_MACHINE["services"].items()
-    }
-    assert set(published) == set(SERVERS)
-    assert published["postgresql"] == [urlsplit(urls.database).port]
-    assert published["redis"] == [urlsplit(urls.redis).port]
-    assert sorted(published["rabbitmq"]) == sorted(
-        [urlsplit(urls.rabbitmq).port or 0, urlsplit(urls.rabbitmq_management).port or 0]
-    )
-    # The same users, passwords and database as inside the network of containers.
-    inside = environment("migrate")
-    for given, there in (
-        (urls.database, inside["DATABASE_URL"]),
-        (urls.migration_database, inside["RISKFLEET_MIGRATION_DATABASE_URL"]),
-        (urls.redis, inside["REDIS_URL"]),
-        (urls.rabbitmq, inside["RABBITMQ_URL"]),
-        (urls.rabbitmq_management, inside["RISKFLEET_RABBITMQ_MANAGEMENT_URL"]),
-    ):
-        one, other = urlsplit(given), urlsplit(there)
-        assert (one.scheme, one.username, one.password, one.path, one.query) == (
-            *(other.scheme, other.username, other.password, other.path, other.query),
-        )
-
-
-@pytest.mark.parametrize("name", [*SERVERS, *ROLES])
-def test_every_port_of_the_compose_file_is_published_on_loopback_only(name: str) -> None:
-    ports = [*SERVICES[name].get("ports", []), *ON_THE_MACHINE["services"].get(name, {}).get("ports", [])]
-    assert all(port.startswith("127.0.0.1:") for port in ports)
+def test_the_passwords_that_up_uses_are_the_defaults_of_the_file() -> None:
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    defaults = dict(re.findall(r"\$\{RISKFLEET_(\w+)_PASSWORD:-([^}]+)\}", text))
+    made = urls({})
+    assert f":{defaults['APP']}@" in made.database
+    assert f":{defaults['OWNER']}@" in made.migration_database
+    assert f":{defaults['REDIS']}@" in made.redis
+    assert f":{defaults['RABBITMQ']}@" in made.rabbitmq

@@ -71,15 +71,6 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_first_command_of_the_readme_decides_its_file(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    assert "riskfleet decide examples/events.ndjson" in (root / "README.md").read_text()
-    done = run("decide", str(root / "examples" / "events.ndjson"), "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    outcomes = [each["decision"]["outcome"] for each in json.loads(done.stdout)]
-    assert outcomes == [Outcome.APPROVED, Outcome.APPROVED, Outcome.REQUIRE_APPROVAL]
-
-
 def test_a_file_is_decided_by_one_command(tmp_path: Path) -> None:
     file = tmp_path / "events.ndjson"
     file.write_bytes(event_body(id="f-1") + b"\n" + event_body(id=None) + b"\n")

@@ -9,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from contracts.failures import DatabaseError
-from contracts.identity import EVERYWHERE, Grant, Permission, Principal, Role
+from contracts.identity import EVERYWHERE, Grant, Permission, Person, Principal, Role
 from contracts.tenancy import TenantScope
-from governance.identity import Authenticator, Person
+from governance.identity import Authenticator
 from governance.tokens import MAX_TOKEN_BYTES, TokenIssuer
 from tests.fakes import SteppingClock
 

@@ -18,13 +18,11 @@ from contracts.failures import InvalidModelStateError
 from contracts.outcomes import PolicyResult
 from contracts.ports import Artifact
 from contracts.state import Pin, SubjectHistory, Thresholds
-from governance.registry import Draft, loads_as
 from workers.judgement.checks import Subject, load_guardrail, run_checks
 from workers.judgement.models import load_model, score_event
 from workers.judgement.policies import POLICY_ERROR, evaluate_policy, load_policy
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "governance" / "defaults"
-EXAMPLE = DEFAULTS.parents[1] / "examples" / "policy-large-payments.json"
 HISTORY = SubjectHistory()
 _DIGESTS = itertools.count()
 
@@ -122,15 +120,6 @@ def test_a_ratio_that_cannot_be_divided_counts_as_nonsense_and_an_absent_one_as_
 def test_content_that_is_no_scorecard_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(InvalidModelStateError):
         load_model(artifact("model", content))
-
-
-def test_the_example_of_a_policy_asks_a_person_about_large_payments_only() -> None:
-    example = Draft.model_validate_json(EXAMPLE.read_bytes())
-    assert loads_as("policy", load_policy)(example.content) == ()
-    for value, result in (("10000.00", PolicyResult.PASS), ("10000.01", PolicyResult.FAIL)):
-        sent = event(amount={"value": value, "currency": "EUR"})
-        assert evaluate_policy(artifact("policy", example.content), sent, HISTORY, 1).result is result
-    assert evaluate_policy(artifact("policy", example.content), event(), HISTORY, 1).result is PolicyResult.PASS
 
 
 def test_policies_give_the_most_severe_result_and_every_rule_that_fired() -> None:

@@ -321,6 +321,7 @@ async def test_the_loser_of_a_decision_publishes_the_winners_row() -> None:
     assert state.digest == fleet.world.cells[ACME, EVENT].digest
     assert fleet.broker.audited() == {record.record_id for record in state.records()}
     assert fleet.telemetry.count("riskfleet_decisions_total") == 0  # the winner counts it
+    assert fleet.telemetry.count("riskfleet_decision_conflicts_total") == 1
 
 
 async def test_a_decider_that_was_overtaken_after_its_lease_publishes_the_winners_row() -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-import cel
 import re2
 from pydantic import Field
 
@@ -79,6 +78,8 @@ def _compile(rule: Rule, name: str) -> Any:
         raise InvalidModelStateError(f"{name}: rule {rule.id} nests deeper than {MAX_NESTING}")
     if len(_COMPREHENSION.findall(rule.when)) > 1:
         raise InvalidModelStateError(f"{name}: rule {rule.id} has more than one comprehension; split it")
+    import cel  # late: it brings its whole command line, and most roles never look at a policy
+
     try:
         return cel.compile(rule.when)
     except BaseException as error:  # noqa: BLE001 - `_only_cel` lets interrupts through
@@ -97,6 +98,8 @@ def nesting(expression: str) -> int:
 
 def evaluate_policy(artifact: Artifact, event: Event, history: SubjectHistory, score: float | None) -> PolicyVerdict:
     """The most severe result and every rule that fired. Raises InvalidModelStateError for unreadable content."""
+    import cel  # late, as above
+
     rules = load_policy(artifact)
     context = cel.Context(variables(event, history, score))
     fired = tuple(verdict for each in rules if (verdict := _verdict(each, context)) is not None)

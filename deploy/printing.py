@@ -1,7 +1,7 @@
 """How the command line prints what the operator API answers: tables for people, JSON for programs.
 
 Promises: nothing of an answer is read as markup; an id that the next command needs is never cut off; a file or a pipe
-is wide enough for every table.
+is wide enough for every table, and on a terminal that is too narrow for one each row has lines of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ errors: Final = Console(stderr=True)
 
 _PIPE_WIDTH: Final = 160
 _WHOLE: Final = frozenset({"fingerprint", "digest"})
+_FOLDED: Final = 24
+"""Characters from which on a column may be folded without becoming hard to read."""
 
 
 def print_page(rows: Sequence[Any], columns: Sequence[str], after: str | None, empty: str) -> None:
@@ -34,14 +36,32 @@ def print_page(rows: Sequence[Any], columns: Sequence[str], after: str | None, e
 
 
 def print_table(rows: Sequence[Any], columns: Sequence[str]) -> None:
-    """Some columns of some rows; words that do not fit are folded."""
+    """Some columns of some rows; words that do not fit are folded, and too many of them make each row a block."""
+    if console.is_terminal and _least_width(rows, columns) > console.width:
+        for row in rows:
+            print_fields({column: row[column] for column in columns})
+            console.print()
+        return
     # An id that is cut off cannot be given to the next command.
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column.endswith("_id") or column in _WHOLE)
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=_whole(column))
     for row in rows:
         table.add_row(*(escape(text(row[column])) for column in columns))
     _print_wide(table)
+
+
+def _whole(column: str) -> bool:
+    return column.endswith("_id") or column in _WHOLE
+
+
+def _least_width(rows: Sequence[Any], columns: Sequence[str]) -> int:
+    """Characters below which a table of these rows is columns of single syllables."""
+    width = 0
+    for column in columns:
+        longest = max((len(text(row[column])) for row in rows), default=0)
+        width += max(len(column), longest if _whole(column) else min(longest, _FOLDED)) + 2
+    return width
 
 
 def print_fields(fields: dict[str, Any]) -> None:

@@ -130,7 +130,10 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     env = os.environ if environment is None else environment
     names = variables()
     known = {*names.values(), *CLIENT_VARIABLES}
-    unknown = sorted(v for v in env if v.startswith("RISKFLEET_") and v not in known)
+    # Variables of the test suite may stand beside ours, and mean nothing here.
+    unknown = sorted(
+        v for v in env if v.startswith("RISKFLEET_") and v not in known and not v.startswith("RISKFLEET_TEST_")
+    )
     if unknown:
         raise SettingsError(f"unknown variable {', '.join(unknown)}; known ones stand in .env.example")
     values: dict[str, Any] = {name: env[variable] for name, variable in names.items() if env.get(variable)}

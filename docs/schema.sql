@@ -354,6 +354,12 @@ ALTER TABLE public.outbox ALTER COLUMN "position" ADD GENERATED ALWAYS AS IDENTI
     CACHE 1
 );
 
+CREATE TABLE public.probes (
+    partition integer NOT NULL,
+    sent_at timestamp with time zone NOT NULL,
+    left_at timestamp with time zone NOT NULL
+);
+
 CREATE TABLE public.registry_activations (
     id bigint NOT NULL,
     tenant text NOT NULL,
@@ -527,6 +533,9 @@ ALTER TABLE ONLY public.memberships
 ALTER TABLE ONLY public.outbox
     ADD CONSTRAINT outbox_pkey PRIMARY KEY (tenant, message_id);
 
+ALTER TABLE ONLY public.probes
+    ADD CONSTRAINT probes_pkey PRIMARY KEY (partition);
+
 ALTER TABLE ONLY public.registry_activations
     ADD CONSTRAINT registry_activations_pkey PRIMARY KEY (id);
 
@@ -579,6 +588,8 @@ CREATE INDEX decisions_corrects ON public.decisions USING btree (tenant, correct
 CREATE INDEX decisions_decided ON public.decisions USING btree (tenant, decided_at, event_id);
 
 CREATE INDEX decisions_feed ON public.decisions USING btree (tenant, feed_xid, event_id, revision);
+
+CREATE INDEX events_received ON public.events USING btree (tenant, received_at);
 
 CREATE INDEX events_subject ON public.events USING btree (tenant, subject_type, subject_id, occurred_at);
 
@@ -774,6 +785,8 @@ GRANT UPDATE(answered_at) ON TABLE public.letter_requests TO riskfleet_app;
 GRANT SELECT,INSERT,DELETE ON TABLE public.memberships TO riskfleet_app;
 
 GRANT SELECT,INSERT,DELETE ON TABLE public.outbox TO riskfleet_app;
+
+GRANT SELECT,INSERT,UPDATE ON TABLE public.probes TO riskfleet_app;
 
 GRANT SELECT,INSERT ON TABLE public.registry_activations TO riskfleet_app;
 

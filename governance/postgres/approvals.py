@@ -351,15 +351,16 @@ class Approvals:
     ) -> Answered:
         """Vote to approve; the vote that is the last one needed is the decision.
 
-        Raises InvalidRequestError without a reason, AuthorizationError for a caller who is no person, NotKnownError,
-        and ConflictError when `revision` is not what is open, when it is closed, or when this person voted before.
+        Raises InvalidRequestError without a reason, AuthorizationError for a caller who is no person or who asked for
+        this approval (or one would turn any decision alone, below the amount of four eyes), NotKnownError, and
+        ConflictError when `revision` is not what is open, when it is closed, or when this person voted before.
         """
         return await self._answer(caller, Verdict.APPROVE, scope, event_id, revision, reason)
 
     async def reject(
         self, caller: Principal, scope: TenantScope, event_id: str, *, revision: int, reason: str
     ) -> Answered:
-        """Reject: one person is enough. Raises as `approve` does."""
+        """Reject: one person is enough, whoever asked. Raises as `approve` does otherwise."""
         return await self._answer(caller, Verdict.REJECT, scope, event_id, revision, reason)
 
     async def open(
@@ -402,6 +403,8 @@ class Approvals:
         person, said = _person(caller), checked_reason(reason)
         decision: Decision | None = None
         async with self._held(scope, event_id, revision) as held:
+            if verdict is Verdict.APPROVE and held.row.opened_by == person:
+                raise AuthorizationError("you asked for this approval, so somebody else approves it; you may reject it")
             vote = held.key | {"person": person, "vote": verdict.value, "reason": said, "at": held.now}
             if (await held.connection.execute(_INSERT_VOTE, vote)).one_or_none() is None:
                 raise ConflictError("you have voted on this already; a second vote is another person's")

@@ -40,6 +40,7 @@ USER_ID: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,126}")
 
 _UNIQUE_VIOLATION: Final = "23505"
 _LAST_ADMIN_LOCK: Final = 7_205_759_403_794
+_NOBODY: Final = Principal("nobody", "", frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,21 +179,23 @@ class People:
         return LoggedIn(token, now + timedelta(seconds=self._policy.token_ttl_s), scope)
 
     async def _guess(self, user_id: str, password: str) -> bool:
-        """Count a guess, compare, and take the count back when it was right."""
+        """Count a guess, compare, and take the count back when it was right.
+
+        The last guess locks before it is compared, and a right one opens again: both stand in the audit.
+        """
         self._p.passwords.check_room()
-        stored, locks = await self._count_guess(user_id)
+        stored, locked = await self._count_guess(user_id)
         if not await self._p.passwords.matches(password, stored) or stored is None:
-            if locks:
-                async with transaction(self._p.engine, [None]) as connection:
-                    nobody = Principal("nobody", "", frozenset())
-                    await self._p.note(connection, None, "user.locked", nobody, {"user": user_id}, {})
             return False
         fresh = stored
         if self._p.passwords.outdated(stored):
             fresh = await self._p.passwords.renew(password, self._p.random(SALT_BYTES))
-        async with transaction(self._p.engine, ()) as connection:
+        async with transaction(self._p.engine, [None]) as connection:
             values = {"user_id": user_id, "stored": stored, "fresh": fresh}
-            return (await connection.execute(_RIGHT, values)).one_or_none() is not None
+            right = (await connection.execute(_RIGHT, values)).one_or_none() is not None
+            if right and locked:
+                await self._p.note(connection, None, "user.unlocked", _NOBODY, {"user": user_id}, {})
+        return right
 
     async def _count_guess(self, user_id: str) -> tuple[str | None, bool]:
         """The hash to compare with, and whether this was the last guess before the lock."""
@@ -201,9 +204,13 @@ class People:
         now = self._p.clock.now()
         until = now + timedelta(seconds=self._policy.lock_s)
         values = {"user_id": user_id, "now": now, "until": until, "guesses": self._policy.guesses}
-        async with transaction(self._p.engine, ()) as connection:
+        async with transaction(self._p.engine, [None]) as connection:
             row = (await connection.execute(_GUESS, values)).one_or_none()
-        return (None, False) if row is None else (row.password_hash, row.locked_until is not None)
+            locked = row is not None and row.locked_until is not None
+            if locked:
+                # With the lock itself: a process that dies now leaves no lock without its record.
+                await self._p.note(connection, None, "user.locked", _NOBODY, {"user": user_id}, {})
+        return (None if row is None else row.password_hash), locked
 
     async def logout_everywhere(self, caller: Principal) -> None:
         """End every token of the caller that was issued until now. Raises AuthorizationError for an API key."""
@@ -385,10 +392,6 @@ def _user_of(caller: Principal) -> str:
 
 def _place(scope: TenantScope | None) -> str:
     return EVERYWHERE if scope is None else scope.tenant_id
-
-
-def _why(reason: str) -> dict[str, str | int]:
-    return {"reason": reason} if reason else {}
 
 
 def _user(row: Any) -> User:

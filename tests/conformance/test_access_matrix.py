@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ from gateway.control.app import create_control
 from gateway.control.app import openapi_document as operator_document
 from gateway.control.desk import Desk
 from gateway.http import create_app, openapi_document
+from governance.passwords import Passwords
+from governance.postgres.commands import PeoplePolicy, PeoplePorts
+from governance.postgres.people import People
 from tests.conformance.access_matrix import (
     FOREIGN,
     OWN,
@@ -77,6 +81,15 @@ class Tenants:
         return scope in (OWN, FOREIGN)
 
 
+BODIES = {
+    "createTenant": b'{"tenant": "globex", "name": "G"}',
+    "createUser": b'{"user": "somebody", "name": "S"}',
+    "grantRole": b'{"tenant": "acme", "role": "VIEWER"}',
+    "revokeRole": b'{"tenant": "acme", "role": "VIEWER"}',
+}
+"""What a room reads before it asks who calls; the other calls may come with nothing in them."""
+
+
 class Surface:
     """One application, its document, and a client for each caller."""
 
@@ -101,18 +114,29 @@ class Surface:
         headers = {"Authorization": f"Bearer {caller.name}"} if caller.principal else {}
         if operation.body is not None:
             headers["Content-Type"] = operation.body
-        content = b"{}" if operation.body else None
+        content = BODIES.get(operation.name, b"{}") if operation.body else None
         return await self.client.request(operation.method, path, headers=headers, content=content)
 
 
-def control() -> tuple[Surface, Behind, Tenants]:
+class Unreached:
+    """In place of the database: whoever comes so far was let through, which counts as one question."""
+
+    def __init__(self, behind: Behind) -> None:
+        self._behind = behind
+
+    async def connect(self) -> None:
+        self._behind.asked += 1
+        raise ConflictError("the database was reached")
+
+
+def control(people: Callable[[Behind], Any] | None = None) -> tuple[Surface, Behind, Tenants]:
     behind, tenants = Behind(), Tenants()
     wallet = Wallet({caller.name: caller.principal for caller in callers() if caller.principal})
     desk = Desk(
         credentials=wallet,
         exists=tenants.exists,
         gate=behind,  # type: ignore[arg-type] # nothing is asked of them that a conflict does not answer
-        people=behind,  # type: ignore[arg-type]
+        people=people(behind) if people else cast("Any", behind),
         approvals=behind,  # type: ignore[arg-type]
         looking=behind,  # type: ignore[arg-type]
         letters=cast("Any", behind),
@@ -164,6 +188,50 @@ async def test_the_operator_api_answers_every_caller_as_declared(operator: tuple
     show(f"operator API: {number} calls, {sum(counts.values())} cells as declared: {dict(counts)}")
     show(table(surface.document))
     assert wrong == []
+
+
+def real_people(behind: Behind) -> People:
+    """The room itself, up to the database, so that what it asks for is compared with what its calls declare."""
+    passwords = Passwords(memory_kib=64, passes=1)
+    ports = PeoplePorts(cast("Any", Unreached(behind)), SteppingClock(), CountingIds(), passwords, 1, None, Broker())
+    return People(ports, PeoplePolicy(b"p" * 32, failed_login_s=0))
+
+
+class Broker:
+    """The broker's management, which nobody reaches without the database."""
+
+    async def open_upstream(self, scope: TenantScope, user: str, password: str) -> None:
+        raise AssertionError(scope)
+
+    async def suspend_upstream(self, user: str) -> None:
+        raise AssertionError(user)
+
+    async def resume_upstream(self, scope: TenantScope, user: str) -> None:
+        raise AssertionError(scope)
+
+
+async def test_what_the_rooms_ask_for_is_what_their_calls_declare() -> None:
+    """The desk lets in by the declaration; a room that wants more would refuse those whom the documents let in.
+
+    Calls without a permission are about oneself: whom they refuse stands in their summary.
+    """
+    surface, behind, _ = control(real_people)
+    wrong, reached = [], Counter[str]()
+    for operation, caller, place in cases(surface.document):
+        if operation.permission is None or not PEOPLE.fullmatch(operation.path):
+            continue
+        before = behind.asked
+        want = declared(operation, caller, place, shared=knows_shared(operation))
+        found = seen(await surface.call(operation, caller, place))
+        if found != want:
+            wrong.append(f"{operation.name} by {caller.name} in {place}: {found}, declared {want}")
+        reached[operation.name] += behind.asked > before
+    await surface.client.aclose()
+    assert wrong == []
+    assert {"setBrokerPassword", "suspendTenant", "limitTenant", "createKey", "revokeKey"} <= set(+reached)
+
+
+PEOPLE = re.compile(r"/ops/v1/(users.*|tenants(/{tenant}(/(limits|suspend|resume|broker-.*|keys.*))?)?)")
 
 
 def table(described: Mapping[str, Any]) -> str:

@@ -385,6 +385,18 @@ async def test_a_final_decision_is_reopened_and_turned_and_that_is_an_override(r
     assert (report.dwell_p50_s, report.dwell_p95_s, report.open, report.oldest_open_s) == (10, 30, 0, None)
 
 
+async def test_who_asks_for_an_approval_does_not_approve_it_but_may_reject_it(room: Room) -> None:
+    """Else one person would turn any decision below the amount of four eyes alone."""
+    state = decided(received(room.scope), Outcome.REJECTED)
+    await room.ledger.decide([state])
+    await room.approvals.open(BOB, room.scope, state.event_id, cause=Cause.REOPENED, reason="look")
+    with pytest.raises(AuthorizationError, match="somebody else approves it"):
+        await room.approvals.approve(BOB, room.scope, state.event_id, revision=1, reason="yes")
+    await room.approvals.approve(CAT, room.scope, state.event_id, revision=1, reason="yes")
+    await room.approvals.open(BOB, room.scope, state.event_id, cause=Cause.REOPENED, reason="look")
+    await room.approvals.reject(BOB, room.scope, state.event_id, revision=2, reason="no")
+
+
 async def test_only_one_of_many_reopens(room: Room) -> None:
     state = decided(received(room.scope), Outcome.REJECTED)
     await room.ledger.decide([state])

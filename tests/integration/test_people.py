@@ -197,6 +197,33 @@ async def test_every_failed_login_costs_one_comparison_and_the_same_time_at_leas
             await people.login(user, PASSWORD)
 
 
+async def test_a_lock_and_its_record_are_one_commit(house: House) -> None:
+    class Dying(Passwords):
+        async def matches(self, password: str, stored: str | None) -> bool:
+            raise RuntimeError("the process ended here")
+
+    user = await house.user()
+    people = People(replace(house.ports, passwords=Dying(memory_kib=64, passes=1)), house.policy)
+    for _ in range(10):
+        with pytest.raises(RuntimeError):
+            await people.login(user, PASSWORD)
+    async with transaction(house.engine, ()) as connection:
+        query = text("SELECT locked_until FROM users WHERE user_id = :u")
+        assert (await connection.execute(query, {"u": user})).scalar_one() is not None
+    assert len([r for r in await house.records(None, "user.locked") if r["subject"] == {"user": user}]) == 1
+
+
+async def test_a_right_tenth_guess_opens_the_lock_again_and_the_audit_says_so(house: House) -> None:
+    user = await house.user()
+    for _ in range(9):
+        with pytest.raises(AuthenticationError):
+            await house.people.login(user, "wrong")
+    await house.people.login(user, PASSWORD)
+    for action in ("user.locked", "user.unlocked"):
+        assert len([r for r in await house.records(None, action) if r["subject"] == {"user": user}]) == 1, action
+    await house.people.login(user, PASSWORD)
+
+
 async def test_ten_wrong_guesses_lock_for_a_quarter_of_an_hour(house: House) -> None:
     user = await house.user()
     for _ in range(10):

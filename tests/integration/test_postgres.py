@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,8 +43,10 @@ from contracts.state import (
     begin,
 )
 from contracts.tenancy import TenantScope
+from deploy import keys, local, provision
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.servers import ServerUrls
+from deploy.settings import Settings
 from governance.access import KEY_BYTES, new_api_key
 from governance.postgres import (
     PostgresAuditLog,
@@ -471,6 +474,22 @@ async def test_there_is_one_first_admin(engine: AsyncEngine) -> None:
     made = await asyncio.gather(*(create_first_admin(engine, f"u{i}", "Ada") for i in range(4)))
     assert sum(made) <= 1
     assert await has_users(engine)
+
+
+async def test_a_data_directory_of_an_older_release_gets_the_keys_that_roles_need_now(
+    database: ServerUrls, engine: AsyncEngine, tmp_path: Path
+) -> None:
+    """There are users already, so nothing else is made: 0.1.0 had a pepper, and no artifact or token keys."""
+    await create_first_admin(engine, "first", "Ada")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "pepper").write_text("p" * 64)
+    settings = local.with_servers(Settings(data_dir=tmp_path), database)
+    assert await provision.demo(settings) is None
+    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == [
+        *("artifact.key", "artifact.pub", "pepper", "token.key", "token.pub"),
+    ]
+    keys.artifact_verifier(settings)
+    assert (tmp_path / "keys" / "pepper").read_text() == "p" * 64
 
 
 # --- registry -----------------------------------------------------------------------------------------

@@ -354,6 +354,18 @@ ALTER TABLE public.outbox ALTER COLUMN "position" ADD GENERATED ALWAYS AS IDENTI
     CACHE 1
 );
 
+CREATE TABLE public.pauses (
+    tenant text NOT NULL,
+    place text NOT NULL,
+    reason text NOT NULL,
+    set_by text NOT NULL,
+    set_at timestamp with time zone NOT NULL,
+    until timestamp with time zone,
+    CONSTRAINT pauses_place CHECK (((tenant = '*'::text) = (place <> 'doors'::text)))
+);
+
+ALTER TABLE ONLY public.pauses FORCE ROW LEVEL SECURITY;
+
 CREATE TABLE public.probes (
     partition integer NOT NULL,
     sent_at timestamp with time zone NOT NULL,
@@ -532,6 +544,9 @@ ALTER TABLE ONLY public.memberships
 
 ALTER TABLE ONLY public.outbox
     ADD CONSTRAINT outbox_pkey PRIMARY KEY (tenant, message_id);
+
+ALTER TABLE ONLY public.pauses
+    ADD CONSTRAINT pauses_pkey PRIMARY KEY (tenant, place);
 
 ALTER TABLE ONLY public.probes
     ADD CONSTRAINT probes_pkey PRIMARY KEY (partition);
@@ -714,6 +729,8 @@ CREATE POLICY own_tenants ON public.letter_requests USING (((tenant COLLATE "C")
 
 CREATE POLICY own_tenants ON public.outbox USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
 
+CREATE POLICY own_tenants ON public.pauses USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
+
 CREATE POLICY own_tenants ON public.registry_activations USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
 
 CREATE POLICY own_tenants ON public.registry_active USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
@@ -721,6 +738,8 @@ CREATE POLICY own_tenants ON public.registry_active USING (((tenant COLLATE "C")
 CREATE POLICY own_tenants ON public.registry_approvals USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
 
 CREATE POLICY own_tenants ON public.registry_versions USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
+
+ALTER TABLE public.pauses ENABLE ROW LEVEL SECURITY;
 
 ALTER TABLE public.registry_activations ENABLE ROW LEVEL SECURITY;
 
@@ -731,6 +750,8 @@ ALTER TABLE public.registry_approvals ENABLE ROW LEVEL SECURITY;
 ALTER TABLE public.registry_versions ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY shared ON public.halts FOR SELECT USING ((tenant = '*'::text));
+
+CREATE POLICY shared ON public.pauses FOR SELECT USING ((tenant = '*'::text));
 
 CREATE POLICY shared ON public.registry_activations FOR SELECT USING ((tenant = '*'::text));
 
@@ -785,6 +806,8 @@ GRANT UPDATE(answered_at) ON TABLE public.letter_requests TO riskfleet_app;
 GRANT SELECT,INSERT,DELETE ON TABLE public.memberships TO riskfleet_app;
 
 GRANT SELECT,INSERT,DELETE ON TABLE public.outbox TO riskfleet_app;
+
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE public.pauses TO riskfleet_app;
 
 GRANT SELECT,INSERT,UPDATE ON TABLE public.probes TO riskfleet_app;
 

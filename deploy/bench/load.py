@@ -171,7 +171,7 @@ async def by_amqp(settings: Settings, load: Load, rate: float, sent: Sent, tick:
         event = orjson.loads(body)
         message = Message(
             INGEST,
-            f"{tenant.tenant}.{event['kind']}",
+            TenantScope(tenant.tenant).routing_key(event["kind"]),
             body,
             event["id"],
             content_type="application/json",

@@ -239,7 +239,7 @@ def _simulator(k: Kit, ledger: PostgresLedger) -> Simulator | None:
     from workers.simulation import StageSimulator
     from workers.stages import StagePorts
 
-    return StageSimulator(StagePorts(ledger, registry(k)), k.clock, k.ids, k.settings.simulations)
+    return StageSimulator(StagePorts(ledger, registry(k)), k.clock, k.ids, k.settings.simulations, k.telemetry.record)
 
 
 async def run_ingress(settings: Settings) -> None:

@@ -268,6 +268,9 @@ async def test_a_tenant_sees_itself(client: httpx.AsyncClient) -> None:
         "max_batch_bytes": 5_242_880,
         "max_batch_events": 1_000,
         "max_wait_seconds": 30,
+        "undecided_events": None,
+        "rate_per_s": None,
+        "burst": None,
     }
 
 

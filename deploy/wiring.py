@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -45,6 +45,7 @@ from governance.postgres.feed import PostgresDecisionFeed
 from governance.postgres.labels import PostgresLabelBook
 from governance.postgres.ledger import PostgresLedger
 from governance.postgres.registry import PostgresRegistry
+from resilience.monitor import MonitorPolicy, Readings, ServerReading, StageReading, judge
 from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
 from workers.telemetry import QueueTelemetry
@@ -56,6 +57,7 @@ log = structlog.get_logger("role")
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
+_ANSWER_S = 3.0  # below the health port's own 5 s, so that a server that is away is named
 _SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S = 512, 1_024, 0.05
 
 
@@ -71,6 +73,24 @@ class Kit:
     publisher: RabbitPublisher
     state_store: RedisStateStore
     telemetry: QueueTelemetry
+
+    async def read(self) -> Readings:
+        """Whether each server answers now, and in what time (s); all three at once."""
+
+        async def one(ping: Callable[[], Awaitable[object]]) -> ServerReading:
+            began = self.clock.monotonic()
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    await ping()
+            except (InfrastructureError, TimeoutError):
+                return ServerReading(answered=False)
+            return ServerReading(True, self.clock.monotonic() - began)
+
+        return Readings(
+            *await asyncio.gather(
+                one(lambda: pg.ping(self.engine)), one(self.state_store.ping), one(self.publisher.ping)
+            )
+        )
 
     async def probe(self) -> None:
         """Raise the InfrastructureError of the first server that does not answer."""
@@ -308,16 +328,17 @@ async def _consume(
         await asyncio.gather(*(consumer.stop() for consumer in consumers))
 
 
-def health_door(k: Kit, measured: CollectorRegistry, paused: Callable[[], str | None]) -> HealthDoor:
-    """Health of a role: its three servers answer, and it is not paused."""
+def health_door(
+    k: Kit,
+    measured: CollectorRegistry,
+    paused: Callable[[], str | None],
+    stages: Callable[[], Mapping[str, StageReading]] = dict,
+) -> HealthDoor:
+    """Health of a role: the verdict on its three servers, whether it is paused, and the stages if it reads them."""
 
     async def check() -> HealthReport:
-        try:
-            await k.probe()
-        except InfrastructureError as error:
-            return HealthReport(False, (error.detail,))
-        reason = paused()
-        return HealthReport(reason is None, (f"paused: {reason}",) if reason else ())
+        readings = replace(await k.read(), stages=stages(), paused=paused())
+        return HealthReport.of(judge(readings, MonitorPolicy()))
 
     return HealthDoor(k.settings.environment, k.settings.version, check, measured)
 

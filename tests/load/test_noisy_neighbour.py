@@ -26,7 +26,7 @@ pytestmark = [
 ]
 SECONDS = int(os.environ.get("RISKFLEET_TEST_NOISY_S", "20"))
 SEED = 20261127
-NEIGHBOURS, QUIET_RATE, TOO_MUCH = 3, 20.0, 1.5
+NEIGHBOURS, QUIET_RATE, TOO_MUCH = 3, 20.0, 3.0
 """Quiet tenants, their events per second together, and what the noisy one offers as a multiple of its capacity."""
 
 

@@ -8,6 +8,7 @@ listed ancestor's row, and an exception from outside the tree is UNEXPECTED_ERRO
 from __future__ import annotations
 
 import hashlib
+import math
 import traceback
 from dataclasses import dataclass
 from enum import StrEnum
@@ -159,6 +160,11 @@ class ConflictError(RiskfleetError):
 class LimitExceededError(RiskfleetError):
     """The tenant's limit is reached; repeat after the time in Retry-After."""
 
+    def __init__(self, detail: str = "", *, retry_after_s: float = 1.0) -> None:
+        """`retry_after_s`: seconds after which the same request is worth another try."""
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
 
 class DependencyUnavailableError(RiskfleetError):
     """A dependency failed too often and is left alone for a while; the event is tried again later."""
@@ -267,4 +273,6 @@ def problem_document(error: BaseException, **members: Any) -> dict[str, Any]:
     }
     if known and isinstance(error, RiskfleetError) and error.pointers:
         document["errors"] = [{"pointer": pointer, "reason": reason} for pointer, reason in error.pointers]
+    if isinstance(error, LimitExceededError | TenantPausedError):
+        document["retry_after_s"] = max(math.ceil(error.retry_after_s), 1)  # whole seconds, as in Retry-After
     return document | {name: value for name, value in members.items() if value is not None}

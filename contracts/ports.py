@@ -17,6 +17,7 @@ from contracts.codec import CARRIER_HEADER, MAX_ENTRIES, Entry
 from contracts.events import Event
 from contracts.identity import Principal
 from contracts.labels import Label
+from contracts.limits import NO_LIMITS, TenantLimits
 from contracts.outcomes import Decision
 from contracts.state import AuditRecord, EventState, Pin, SubjectHistory, Thresholds
 from contracts.telemetry import Measurement
@@ -122,15 +123,20 @@ class Reserved(StrEnum):
     REPEAT = "repeat"
     CONFLICT = "conflict"
     FULL = "full"
+    LIMITED = "limited"
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """The answer to one reservation; `stored` is the version 0 to publish (None once it moved on, and when FULL)."""
+    """The answer to one reservation; `stored` is the version 0 to publish (None once it moved on, and when refused).
+
+    `wait_ms`: when a LIMITED event would be taken if its tenant handed in nothing else; 0 for the others.
+    """
 
     verdict: Reserved
     version: int
     stored: bytes | None
+    wait_ms: int = 0
 
 
 class ClaimVerdict(StrEnum):
@@ -230,11 +236,12 @@ class Peek:
 class StateStore(Protocol):
     """The current version, lock and stored output of each event (Redis)."""
 
-    async def reserve(self, entries: Sequence[Entry], limits: Sequence[int | None] = ()) -> Sequence[Reservation]:
+    async def reserve(self, entries: Sequence[Entry], limits: Sequence[TenantLimits] = ()) -> Sequence[Reservation]:
         """Store version 0 unless the identity is known: the answer says which.
 
-        `limits`: the most undecided events of each entry's tenant, None for no limit, one per entry (or none at all);
-        an unknown identity beyond it is FULL, and nothing is stored. A known one is answered whatever the limit.
+        `limits`: those of each entry's tenant, one per entry (or none at all). An unknown identity beyond the undecided
+        events is FULL, one beyond the rate LIMITED, and nothing is stored. A known one is answered whatever the limits,
+        and uses up no rate.
         """
         ...
 
@@ -491,13 +498,13 @@ class DeadLetters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TenantProfile:
-    """A tenant as its callers see it; `undecided_events` is the most that may be under way, None for no limit."""
+    """A tenant as its callers see it."""
 
     scope: TenantScope
     name: str
     broker_user: str | None
     thresholds: Thresholds
-    undecided_events: int | None = None
+    limits: TenantLimits = NO_LIMITS
 
 
 class Credentials(Protocol):

@@ -113,6 +113,8 @@ SCALING_DECISIONS = Metric(
 )
 AUTOSCALER_METRICS = (BACKLOG_EVENTS, BACKLOG_OLDEST, SCALING_CURRENT, SCALING_DESIRED, SCALING_DECISIONS)
 """On the autoscaler's own port: what is true now is told by the process that measured it."""
+HEALTH = Metric("riskfleet_health", _G, "The role's verdict: 0 ok, 1 degraded, 2 down.", ())
+"""On every role's own port, as judged when it is asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from gateway.scaling import ScalingAnswer, ScalingMeter, scaling_app
 from governance.postgres.directory import PostgresDirectory
 from resilience.autoscaling import Action, MetricsSnapshot, ScalingDecision, ScalingState, evaluate, policy_within
 from resilience.management import BrokerManagement
+from resilience.monitor import StageReading
 from resilience.sampling import Sighting, carried, depth_of, is_whole, snapshot_between
 
 log = structlog.get_logger("autoscaler")
@@ -100,6 +101,14 @@ class Autoscaler:
         )
         self._meter.show(stage, watched.answer, seen.workers, decision.action)
 
+    def readings(self) -> dict[str, StageReading]:
+        """What the health port is judged by; a stage without a fresh answer could not be read."""
+        answers = {stage: self.latest(stage) for stage in STAGES}
+        return {
+            stage: StageReading(None, None) if one is None else StageReading(one.backlog_events, one.oldest_age_s)
+            for stage, one in answers.items()
+        }
+
     def latest(self, stage: str) -> ScalingAnswer | None:
         """The last answer, None once it is too old to act on."""
         answer = self._watched[Stage(stage)].answer
@@ -118,7 +127,7 @@ async def run_autoscaler(settings: Settings) -> None:
         stop = stop_signal()
         try:
             async with background(k, stop, scaler.run()):
-                app = scaling_app(health_door(k, scaler.registry, lambda: None), scaler.latest)
+                app = scaling_app(health_door(k, scaler.registry, lambda: None, stages=scaler.readings), scaler.latest)
                 await serve(app, settings.health_host, settings.scaling_port, stop=stop)
         finally:
             await management.close()

@@ -259,7 +259,11 @@ def limit_tenant(
     expiry_s: Annotated[int | None, typer.Option(help="Seconds until an approval expires; 0: never.")] = None,
     expiry_outcome: Annotated[str | None, typer.Option(help="What an expired approval becomes.")] = None,
     four_eyes_amount: Annotated[str | None, typer.Option(help="Amounts from here on need two people.")] = None,
-    undecided_events: Annotated[int | None, typer.Option(help="Events that may be under way at once.")] = None,
+    undecided_events: Annotated[
+        int | None, typer.Option(help="Events that may be under way at once; 0: no limit.")
+    ] = None,
+    rate_per_s: Annotated[float | None, typer.Option(help="New events per second, with --burst; 0: no limit.")] = None,
+    burst: Annotated[int | None, typer.Option(help="New events that may come at once.")] = None,
     reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:
@@ -275,7 +279,7 @@ def limit_tenant(
         "approval_policy": _given(
             sla_s=sla_s, expiry_s=expiry_s, expiry_outcome=expiry_outcome, four_eyes_amount=four_eyes_amount
         ),
-        "limits": _given(undecided_events=undecided_events),
+        "limits": _limits(undecided_events, rate_per_s, burst),
     }
     if not any(body.values()):
         raise SettingsError("nothing to change: name at least one value; see 'riskfleet tenants limit --help'")
@@ -285,6 +289,16 @@ def limit_tenant(
         print_json(found)
     else:
         _print_tenant(found)
+
+
+def _limits(undecided_events: int | None, rate_per_s: float | None, burst: int | None) -> dict[str, Any]:
+    """What is to change of a tenant's limits; 0 takes one away, and a rate takes its burst along."""
+    if rate_per_s == 0 and burst is not None:
+        raise SettingsError("--rate-per-s 0 takes the rate away: leave --burst out")
+    given: dict[str, Any] = {} if undecided_events is None else {"undecided_events": undecided_events or None}
+    if rate_per_s == 0:
+        return given | {"rate_per_s": None, "burst": None}
+    return given | (_given(rate_per_s=rate_per_s, burst=burst) or {})
 
 
 @tenants_app.command("suspend")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -36,6 +36,7 @@ from deploy.stopping import stop_signal
 from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.postgres import engine as pg
+from resilience.monitor import MonitorPolicy, Readings, ServerReading, StageReading, judge
 from resilience.rabbit import ConsumerPolicy, Handler, Probe, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
 from workers.telemetry import QueueTelemetry
@@ -49,6 +50,7 @@ log = structlog.get_logger("role")
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
+_ANSWER_S = 3.0  # below the health port's own 5 s, so that a server that is away is named
 _SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S = 512, 1_024, 0.05
 
 
@@ -64,6 +66,24 @@ class Kit:
     publisher: RabbitPublisher
     state_store: RedisStateStore
     telemetry: QueueTelemetry
+
+    async def read(self) -> Readings:
+        """Whether each server answers now, and in what time (s); all three at once."""
+
+        async def one(ping: Callable[[], Awaitable[object]]) -> ServerReading:
+            began = self.clock.monotonic()
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    await ping()
+            except (InfrastructureError, TimeoutError):
+                return ServerReading(answered=False)
+            return ServerReading(True, self.clock.monotonic() - began)
+
+        return Readings(
+            *await asyncio.gather(
+                one(lambda: pg.ping(self.engine)), one(self.state_store.ping), one(self.publisher.ping)
+            )
+        )
 
     async def probe(self) -> None:
         """Raise the InfrastructureError of the first server that does not answer."""
@@ -256,7 +276,7 @@ def _simulator(k: Kit, ledger: PostgresLedger) -> Simulator | None:
     from workers.simulation import StageSimulator
     from workers.stages import StagePorts
 
-    return StageSimulator(StagePorts(ledger, registry(k)), k.clock, k.ids, k.settings.simulations)
+    return StageSimulator(StagePorts(ledger, registry(k)), k.clock, k.ids, k.settings.simulations, k.telemetry.record)
 
 
 async def run_ingress(settings: Settings) -> None:
@@ -343,24 +363,34 @@ async def _consume(
         def paused() -> str | None:
             return next((consumer.paused_reason for consumer in consumers if consumer.paused_reason), None)
 
-        door = health_door(k, measured or CollectorRegistry(), paused, probe)
+        door = health_door(k, measured or CollectorRegistry(), paused, gate=probe)
         await serve(health_app(door), k.settings.health_host, k.settings.health_port, stop=stop)
         # Together, and while the heart still beats: what is being finished belongs to a living process.
         await asyncio.gather(*(consumer.stop() for consumer in consumers))
 
 
 def health_door(
-    k: Kit, measured: CollectorRegistry, paused: Callable[[], str | None], probe: Probe | None = None
+    k: Kit,
+    measured: CollectorRegistry,
+    paused: Callable[[], str | None],
+    *,
+    stages: Callable[[], Mapping[str, StageReading]] = dict,
+    gate: Probe | None = None,
 ) -> HealthDoor:
-    """Health of a role: its three servers answer, and it is not paused. `probe` asks for more than the servers."""
+    """Health of a role: the verdict on its three servers, whether it is paused, and the stages if it reads them.
+
+    `gate` raises what else keeps the role from its work.
+    """
 
     async def check() -> HealthReport:
-        try:
-            await (probe or k.probe)()
-        except InfrastructureError as error:
-            return HealthReport(False, (error.detail,))
         reason = paused()
-        return HealthReport(reason is None, (f"paused: {reason}",) if reason else ())
+        if reason is None and gate is not None:
+            try:
+                await gate()
+            except InfrastructureError as error:
+                reason = error.detail
+        readings = replace(await k.read(), stages=stages(), paused=reason)
+        return HealthReport.of(judge(readings, MonitorPolicy()))
 
     return HealthDoor(k.settings.environment, k.settings.version, check, measured)
 

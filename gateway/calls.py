@@ -156,6 +156,7 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "correlation_id": {"type": "string"},
         "event_id": {"type": "string"},
         "id": {"type": "string"},
+        "retry_after_s": {"type": "integer", "description": "With status 429; as in `Retry-After`"},
         "errors": {
             "type": "array",
             "items": {

@@ -1,7 +1,8 @@
 """The health port of every role: is this process alive, is it ready, and what does it count.
 
-`/health/live` asks nothing but the event loop; `/health/ready` runs the injected check. No credential is
-asked for, so nothing here names a tenant. `serve` leaves signals to the process that calls it.
+`/health/live` asks nothing but the event loop; `/health/ready` runs the injected check and tells its verdict with every
+reason, and so does `/metrics` as a number. No credential is asked for, so nothing here names a tenant. `serve` leaves
+signals to the process that calls it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 import structlog
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
+
+from contracts.telemetry import HEALTH
+from resilience.monitor import Finding, Health, Verdict
 
 __all__ = ["CollectorRegistry", "HealthDoor", "HealthReport", "health_app", "health_routes", "serve"]
 
@@ -29,14 +33,28 @@ log = structlog.get_logger(__name__)
 
 CHECK_SECONDS = 5.0
 DRAIN_SECONDS = 10
+_LEVELS = {Health.OK: 0, Health.DEGRADED: 1, Health.DOWN: 2}
 
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """Whether the process can do its work now, and what stands in the way."""
+    """Whether the process can do its work now, what stands in the way, and the verdict if there is more to tell."""
 
     ready: bool
     reasons: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    judged: Health | None = None
+
+    @staticmethod
+    def of(verdict: Verdict) -> HealthReport:
+        """What a verdict means to whoever asks one process."""
+        sentences = tuple(finding.sentence for finding in verdict.reasons)
+        return HealthReport(verdict.ready, sentences, verdict.reasons, verdict.health)
+
+    @property
+    def health(self) -> Health:
+        """The health in one word; a process that is not ready and says no more is down."""
+        return self.judged or (Health.OK if self.ready else Health.DOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,9 @@ class HealthDoor:
 
 def health_routes(door: HealthDoor) -> list[BaseRoute]:
     """`/health`, `/health/live`, `/health/ready` and `/metrics`."""
+    m = HEALTH
+    own = CollectorRegistry()
+    gauge = Gauge(m.name, m.help, m.labels, registry=own)
 
     async def health(_: Request) -> Response:
         return _json(200, {"status": "ok", "environment": door.environment, "version": door.version})
@@ -61,10 +82,17 @@ def health_routes(door: HealthDoor) -> list[BaseRoute]:
     async def ready(_: Request) -> Response:
         report = await _report(door)
         status = 200 if report.ready else 503
-        return _json(status, {"status": "ready" if report.ready else "not ready", "reasons": report.reasons})
+        document = {
+            "status": "ready" if report.ready else "not ready",
+            "health": report.health,
+            "reasons": report.reasons,
+            "findings": [asdict(finding) for finding in report.findings],
+        }
+        return _json(status, document)
 
     async def metrics(_: Request) -> Response:
-        return Response(generate_latest(door.registry), media_type=CONTENT_TYPE_LATEST)
+        gauge.set(_LEVELS[(await _report(door)).health])
+        return Response(generate_latest(door.registry) + generate_latest(own), media_type=CONTENT_TYPE_LATEST)
 
     return [
         Route("/health", health),

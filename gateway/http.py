@@ -42,6 +42,7 @@ from gateway.submitting import (
 )
 from gateway.waiting import Waiting
 from gateway.web import application
+from resilience.monitor import Cause, Health
 
 TITLE: Final = "riskfleet ingest gateway"
 ABOUT: Final = (
@@ -330,6 +331,28 @@ _REPORT: Final[Mapping[str, Any]] = {
     "required": ["status"],
     "properties": {"status": {"type": "string"}},
 }
+_VERDICT: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "required": ["status", "health", "reasons", "findings"],
+    "properties": {
+        "status": {"enum": ["ready", "not ready"]},
+        "health": {"enum": [*map(str, Health)]},
+        "reasons": {"type": "array", "items": {"type": "string"}},
+        "findings": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["severity", "cause", "subject", "sentence"],
+                "properties": {
+                    "severity": {"type": "string"},
+                    "cause": {"enum": [*map(str, Cause)]},
+                    "subject": {"type": "string"},
+                    "sentence": {"type": "string"},
+                },
+            },
+        },
+    },
+}
 
 
 def _health(health: HealthDoor) -> list[Call]:
@@ -339,7 +362,7 @@ def _health(health: HealthDoor) -> list[Call]:
         "/health/ready": (
             "getReadiness",
             "Whether the process can do its work now",
-            {200: Answer("It can", _REPORT), 503: Answer("It cannot; `reasons` say why", _REPORT)},
+            {200: Answer("It can", _VERDICT), 503: Answer("It cannot; `reasons` say why", _VERDICT)},
         ),
         "/metrics": (
             "getMetrics",

@@ -26,11 +26,11 @@ from contracts.failures import (
     Category,
     DomainValidationError,
     InfrastructureError,
+    LimitExceededError,
     MessagingFailureError,
     QueueFullError,
     RiskfleetError,
     TenantIsolationError,
-    UndecidedLimitError,
     UnsupportedMediaTypeError,
     classify,
     fingerprint,
@@ -55,7 +55,7 @@ TRIES = 3
 MAX_DELIVERIES = 20  # the same last net as the stage queues have by policy
 LABEL: Final = "label"
 _DELIVERY_WAIT_MS: Final = 1_000
-_UNDECIDED_WAIT_S: Final = 1.0
+_LEAST_WAIT_S, _MOST_WAIT_S = 0.05, 5.0  # a queue that waits costs little, and a limit that was raised holds soon
 _AUDIT_WAIT_S: Final = 0.5
 _FULL_WAIT_S: Final = 2.0
 _PAUSED_WAIT_S: Final = 2.0
@@ -188,11 +188,11 @@ class Ingress:
         """Ack once everything that the verdicts owe is confirmed; `numbered`: they are the items of a batch."""
         owed: dict[str, Message] = {}
         undecided: RiskfleetError | None = None
-        full = False
+        limit: LimitExceededError | None = None
         for index, verdict in enumerate(verdicts):
             if isinstance(verdict, Refusal):
-                if isinstance(verdict.error, UndecidedLimitError):
-                    full = True
+                if isinstance(verdict.error, LimitExceededError):
+                    limit = limit or verdict.error
                     continue
                 if classify(verdict.error).status >= 500:
                     # A server that is away comes before a defect: it must not have its neighbours parked.
@@ -211,8 +211,8 @@ class Ingress:
             # Infrastructure pauses, anything else is tried again and parked. What was answered is answered again then.
             raise undecided
         # Never refused here, only taken later. What else the delivery held is a repeat then, and harmless.
-        if full:
-            return Hold("the tenant has too many events under way", _UNDECIDED_WAIT_S)
+        if limit is not None:
+            return Hold(classify(limit).problem, min(max(limit.retry_after_s, _LEAST_WAIT_S), _MOST_WAIT_S))
         if any(isinstance(verdict, Refusal) for verdict in verdicts):
             return self._once_audited(delivery, self._refusals.mark())
         return Ack()

@@ -25,6 +25,7 @@ from contracts.failures import (
     IdempotencyConflictError,
     InfrastructureError,
     InvalidMetadataError,
+    LimitExceededError,
     MessagingFailureError,
     QueueFullError,
     RiskfleetError,
@@ -34,6 +35,7 @@ from contracts.failures import (
     fingerprint,
 )
 from contracts.lifecycle import Status
+from contracts.limits import NO_LIMITS, TenantLimits
 from contracts.messages import stage_messages
 from contracts.outcomes import STATUS_OF, Outcome
 from contracts.ports import (
@@ -53,6 +55,7 @@ from contracts.ports import (
 )
 from contracts.state import begin
 from contracts.telemetry import (
+    LIMITER_REFUSALS,
     REQUEST_SECONDS,
     REQUESTS,
     Correlation,
@@ -180,7 +183,7 @@ class Intake:
         self._publishing: dict[int, Gathered[Entry, Confirm]] = {}
         self._reservations: Gathered[Entry, Reservation] = Gathered(self._reserve)
         self._profiles: Sequence[TenantProfile] = ()
-        self._limits: dict[TenantScope, int | None] = {}
+        self._limits: dict[TenantScope, TenantLimits] = {}
         self._decisions: Gathered[tuple[TenantScope, str], DecisionRow | None] = Gathered(ports.ledger.decisions)
 
     async def admit(self, submission: Submission) -> Admission | Refusal:
@@ -236,11 +239,11 @@ class Intake:
         return refusal
 
     async def _reserve(self, entries: Sequence[Entry]) -> Sequence[Reservation]:
-        limits = await self._undecided_limits()
-        return await self._ports.state_store.reserve(entries, [limits.get(e.header.scope) for e in entries])
+        limits = await self._tenant_limits()
+        return await self._ports.state_store.reserve(entries, [limits.get(e.header.scope, NO_LIMITS) for e in entries])
 
-    async def _undecided_limits(self) -> Mapping[TenantScope, int | None]:
-        """The most undecided events by tenant; while the directory does not answer, as it last said."""
+    async def _tenant_limits(self) -> Mapping[TenantScope, TenantLimits]:
+        """What each tenant may hand in; while the directory does not answer, as it last said."""
         if self._ports.directory is None:
             return {}
         try:
@@ -251,7 +254,7 @@ class Intake:
             return self._limits
         if profiles is not self._profiles:
             self._profiles = profiles
-            self._limits = {profile.scope: profile.undecided_events for profile in profiles}
+            self._limits = {profile.scope: profile.limits for profile in profiles}
         return self._limits
 
     async def _verdict(self, submission: Submission) -> Admission | Refusal:
@@ -275,7 +278,7 @@ class Intake:
             if error.pointers:
                 error.pointers = envelope.placed(error.pointers)
             # At the AMQP door it is no refusal: the delivery waits.
-            if submission.source == "http" or not isinstance(error, UndecidedLimitError):
+            if submission.source == "http" or not isinstance(error, LimitExceededError):
                 self._refusals.note(submission.scope, error, submission.source)
             return Refusal(error, event_id, identity)
 
@@ -322,6 +325,13 @@ class Intake:
         )
         if reservation.verdict is Reserved.FULL:
             raise UndecidedLimitError
+        if reservation.verdict is Reserved.LIMITED:
+            labels = {"limit": "submit", "tenant": submission.scope.tenant_id}
+            self._ports.telemetry.record(Measurement(LIMITER_REFUSALS, labels=labels))
+            raise LimitExceededError(
+                "the tenant hands in new events faster than its rate; repeat after Retry-After with the same identity",
+                retry_after_s=reservation.wait_ms / 1000,
+            )
         if reservation.verdict is Reserved.CONFLICT:
             # After Redis forgot, another body may have reserved what this one was decided under.
             repeat = await self._repeat(submission.scope, state.body_digest, admission)

@@ -68,13 +68,19 @@ class DecisionsView(BaseModel):
 
 
 class LimitsView(BaseModel):
-    """What one request may hold: bytes, events, seconds."""
+    """What one request may hold (bytes, events, seconds), and what the tenant may hand in (null: no limit).
+
+    `undecided_events` may be under way at once; `burst` new events may come at once, then `rate_per_s` per second.
+    """
 
     model_config = _ANSWER
     max_body_bytes: int
     max_batch_bytes: int
     max_batch_events: int
     max_wait_seconds: int
+    undecided_events: int | None
+    rate_per_s: float | None
+    burst: int | None
 
 
 class TenantView(BaseModel):
@@ -160,6 +166,7 @@ class Reading:
                 max_batch_bytes=MAX_BATCH_BYTES,
                 max_batch_events=MAX_ITEMS,
                 max_wait_seconds=MAX_WAIT,
+                **profile.limits.model_dump(),
             ),
             thresholds=profile.thresholds,
             ingest_queue=scope.ingest_queue if profile.broker_user else None,

@@ -29,7 +29,6 @@ from contracts.failures import (
     MalformedBodyError,
     OversizedBodyError,
     RiskfleetError,
-    TenantPausedError,
     UnsupportedMediaTypeError,
     classify,
     fingerprint,
@@ -200,7 +199,7 @@ def problem(request: Request, error: BaseException, **members: Any) -> Response:
     if document["status"] == 413:
         headers["Connection"] = "close"  # the rest of the body is not read, so the connection cannot be used again
     if document["status"] in (429, 503):
-        headers["Retry-After"] = str(error.retry_after_s if isinstance(error, TenantPausedError) else 1)
+        headers["Retry-After"] = str(document.get("retry_after_s", 1))
     return Response(orjson.dumps(document), document["status"], headers=headers, media_type=PROBLEM_JSON)
 
 

@@ -2,8 +2,8 @@
 
 Promises: the same readings and policy give the same verdict; what could not be read is never taken for well; every
 reason names its subject and says in one sentence what was seen. Pure: reads nothing, remembers nothing, and does not
-say what to do. *Down* means that nothing can be decided: a server does not answer, or a stage that has work stands
-still. Everything else is decided late, or with an answer missing.
+say what to do. *Down* means that nothing can be decided: a server does not answer, the process is paused, or a stage
+that has work stands still. Everything else is decided late, or with an answer missing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Cause(StrEnum):
     """What is wrong, in one word of a closed set; among equally severe reasons the earlier one comes first."""
 
     UNREACHABLE = "unreachable"
+    PAUSED = "paused"
     STUCK = "stuck"
     UNKNOWN = "unknown"
     LATE = "late"
@@ -42,6 +43,7 @@ class Cause(StrEnum):
 
 SEVERITIES: Final[Mapping[Cause, Severity]] = {
     Cause.UNREACHABLE: Severity.CRITICAL,
+    Cause.PAUSED: Severity.CRITICAL,
     Cause.STUCK: Severity.CRITICAL,
     Cause.UNKNOWN: Severity.ERROR,
     Cause.LATE: Severity.ERROR,
@@ -53,6 +55,7 @@ SEVERITIES: Final[Mapping[Cause, Severity]] = {
 }
 """How loud each cause is. Critical means down; everything else means degraded."""
 
+_STOPS: Final = frozenset({Cause.UNREACHABLE, Cause.PAUSED})
 _LOUDNESS: Final = (Severity.CRITICAL, Severity.ERROR, Severity.WARNING, Severity.INFO)
 _ORDER: Final = tuple(Cause)
 
@@ -79,13 +82,17 @@ class StageReading:
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """Everything that was read at about one moment; stages and breakers by name."""
+    """Everything that was read at about one moment; stages and breakers by name.
+
+    `paused` is why this process takes nothing now, None while it does.
+    """
 
     database: ServerReading
     redis: ServerReading
     rabbitmq: ServerReading
     stages: Mapping[str, StageReading] = field(default_factory=dict)
     breakers: Mapping[str, Phase] = field(default_factory=dict)
+    paused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,11 @@ class Verdict:
     health: Health
     reasons: tuple[Finding, ...] = ()
 
+    @property
+    def ready(self) -> bool:
+        """Whether this process can do its own work, however late the fleet is: its servers answer, it is not paused."""
+        return not any(finding.cause in _STOPS for finding in self.reasons)
+
 
 def judge(readings: Readings, policy: MonitorPolicy) -> Verdict:
     """The verdict on some readings."""
@@ -128,6 +140,8 @@ def judge(readings: Readings, policy: MonitorPolicy) -> Verdict:
     for name, stage in readings.stages.items():
         found += _stage(name, stage, policy)
     found += [finding for name, phase in readings.breakers.items() if (finding := _breaker(name, phase))]
+    if readings.paused is not None:
+        found.append(_finding(Cause.PAUSED, "consumer", f"paused: {readings.paused}"))
     found.sort(key=lambda one: (_LOUDNESS.index(one.severity), _ORDER.index(one.cause), one.subject))
     if any(finding.severity is Severity.CRITICAL for finding in found):
         return Verdict(Health.DOWN, tuple(found))

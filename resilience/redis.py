@@ -1,6 +1,6 @@
-"""Redis: the current version, lock and stored output of each event, the heartbeats of processes, and rate limits.
+"""Redis: the current version, lock and stored output of each event, heartbeats of processes, and tenants' rates.
 
-Every change is one Lua script, and every script but `limit` may be repeated: the lock token is the command's id.
+Every change is one Lua script, and every script may be repeated: the lock token is the command's id.
 Promises fencing by token equality: after a takeover, or after FLUSHALL, the old holder's `advance`
 answers False. Does not promise durability: PostgreSQL and the messages carry what Redis forgets.
 
@@ -33,6 +33,7 @@ from redis.backoff import NoBackoff
 from contracts.codec import Entry
 from contracts.failures import StateStoreError
 from contracts.lifecycle import FINAL_VERSION, VERSION_OF
+from contracts.limits import NO_LIMITS, TenantLimits
 from contracts.ports import (
     Advance,
     Claim,
@@ -47,7 +48,6 @@ from contracts.ports import (
 )
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
-from resilience.limiter import Allowance, Observe, Take, ignore, refused
 
 _STATUS_OF_VERSION = {version: status for status, version in VERSION_OF.items() if version < FINAL_VERSION}
 
@@ -101,18 +101,23 @@ class RedisStateStore:
         self._boot = boot
         self._policy = policy or StatePolicy()
         scripts = files("resilience") / "scripts"
-        sets = (scripts / "backlog.lua").read_text()
+        before = {
+            "reserve": ("backlog", "limit"),
+            "claim": ("backlog",),
+            "advance": ("backlog",),
+            "release": ("backlog",),
+        }
         self._scripts = {
-            name: client.register_script(sets + (scripts / f"{name}.lua").read_text())
-            for name in ("reserve", "claim", "advance", "release")
+            name: client.register_script("".join((scripts / f"{part}.lua").read_text() for part in (*parts, name)))
+            for name, parts in before.items()
         }
 
     async def _run(self, name: str, keys: Sequence[str], args: Iterable[Any]) -> Any:
         async with _translated():
             return await self._scripts[name](keys=keys, args=list(args))
 
-    async def reserve(self, entries: Sequence[Entry], limits: Sequence[int | None] = ()) -> Sequence[Reservation]:
-        """Store version 0 of each entry unless its identity is known, or its tenant has too much under way."""
+    async def reserve(self, entries: Sequence[Entry], limits: Sequence[TenantLimits] = ()) -> Sequence[Reservation]:
+        """Store version 0 of each entry unless its identity is known, or its tenant is at a limit."""
         tenants = _Tenants()
         keys: list[str] = []
         args: list[Any] = [len(entries), self._policy.state_ttl_s]
@@ -120,10 +125,17 @@ class RedisStateStore:
             h = entry.header
             keys.append(h.scope.state_key(h.event))
             args += (tenants.place(h.scope), h.received_ms, h.digest, h.body_digest, entry.body)
-        allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits)) if limit is not None}
-        args += [allowed.get(scope, "") for scope in tenants.places]
-        rows = await self._run("reserve", keys + tenants.keys(), args)
-        return [Reservation(Reserved(_text(verdict)), version, stored or None) for verdict, version, stored in rows]
+        allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits))}
+        for scope in tenants.places:
+            limit = allowed.get(scope, NO_LIMITS)
+            undecided, rate = limit.undecided_events, limit.rate
+            args += (
+                "" if undecided is None else undecided,
+                *(("", "") if rate is None else (rate.interval_us, rate.span_us)),
+            )
+        rates = [scope.limit_key("submit") for scope in tenants.places]
+        rows = await self._run("reserve", keys + tenants.keys() + rates, args)
+        return [Reservation(Reserved(_text(verdict)), n, stored or None, wait) for verdict, n, stored, wait in rows]
 
     async def claim(self, requests: Sequence[ClaimRequest], token: str) -> Sequence[Claim]:
         """One script call for the whole sequence; see the claim table in docs/protocol.md."""
@@ -275,40 +287,6 @@ class RedisStateStore:
         """Close every connection."""
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
-
-
-class RedisLimiter:
-    """Limiter on one Redis or Valkey server; the time is the server's, so clocks of processes do not matter.
-
-    One script call for all takes. `per_slot` makes one call per virtual slot instead, as a Redis Cluster needs: there
-    takes of different slots do not happen at one moment, and one slot's failure fails the whole question.
-    """
-
-    def __init__(self, client: aioredis.Redis, observe: Observe = ignore, *, per_slot: bool = False) -> None:
-        """Loads the script's text; connects on first use."""
-        self._observe = observe
-        self._per_slot = per_slot
-        self._script = client.register_script((files("resilience") / "scripts" / "limit.lua").read_text())
-
-    async def take(self, takes: Sequence[Take]) -> Sequence[Allowance]:
-        """One answer per take, in order. Raises StateStoreError, which does not say whether the takes were counted."""
-        groups: dict[int, list[int]] = {}
-        for place, take in enumerate(takes):
-            groups.setdefault(take.scope.slot if self._per_slot else 0, []).append(place)
-        rows: dict[int, Sequence[int]] = {}
-        for places in groups.values():
-            rows.update(zip(places, await self._run([takes[place] for place in places]), strict=True))
-        answers = [Allowance(rows[place][0] == 1, rows[place][1], rows[place][2]) for place in range(len(takes))]
-        for take, answer in zip(takes, answers, strict=True):
-            if not answer.allowed:
-                self._observe(refused(take))
-        return answers
-
-    async def _run(self, takes: Sequence[Take]) -> Sequence[Sequence[int]]:
-        args = [number for take in takes for number in (take.cost, take.limit.interval_us, take.limit.span_us)]
-        async with _translated():
-            found: Sequence[Sequence[int]] = await self._script(keys=[take.key for take in takes], args=args)
-        return found
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from contracts.events import canonical_json
 from contracts.failures import DatabaseError
 from contracts.identity import Principal
 from contracts.lifecycle import Status
+from contracts.limits import TenantLimits
 from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, PolicyVerdict
 from contracts.ports import Confirm, DecisionRow, Message, Peek, TenantProfile
 from contracts.state import Thresholds
@@ -136,9 +137,7 @@ class InMemoryDirectory(MemoryDirectory):
     def profiles(self) -> View[TenantScope, TenantProfile]:
         def read() -> dict[TenantScope, TenantProfile]:
             rows = [(TenantScope(row.tenant_id), row) for row in self.database.contents(TENANTS)]
-            return {
-                s: TenantProfile(s, row.name, row.broker_user, row.thresholds, row.undecided_events) for s, row in rows
-            }
+            return {s: TenantProfile(s, row.name, row.broker_user, row.thresholds, row.limits) for s, row in rows}
 
         def write(scope: TenantScope, profile: TenantProfile | None) -> None:
             def work(tx: Transaction) -> None:
@@ -149,7 +148,7 @@ class InMemoryDirectory(MemoryDirectory):
                         profile.name,
                         profile.broker_user,
                         profile.thresholds,
-                        undecided_events=profile.undecided_events,
+                        limits=profile.limits,
                     )
                     tx.put(TENANTS, row)
 
@@ -229,7 +228,8 @@ class InMemoryStateStore(MemoryStateStore):
     """The twin's state store with its states at hand, as the doors see them."""
 
     def __init__(self) -> None:
-        super().__init__(MemoryRedis(SteppingClock()), "boot-1")
+        self.clock = SteppingClock()
+        super().__init__(MemoryRedis(self.clock), "boot-1")
 
     @property
     def down(self) -> bool:
@@ -286,9 +286,12 @@ class DoorParts:
         )
         self.intake = Intake(ports, self.refusals, self.partitions)
 
-    def limit(self, scope: TenantScope, undecided: int | None) -> None:
-        """So many events of the tenant may be under way."""
-        self.directory.profiles[scope] = replace(self.directory.profiles[scope], undecided_events=undecided)
+    def limit(self, scope: TenantScope, undecided: int | None, rate_per_s: float | None = None, burst: int = 1) -> None:
+        """So many events of the tenant may be under way, and so many new ones come at once and per second."""
+        limits = TenantLimits(
+            undecided_events=undecided, rate_per_s=rate_per_s, burst=None if rate_per_s is None else burst
+        )
+        self.directory.set_limits(scope, limits)
 
     def decided(self, event_id: str, scope: TenantScope, outcome: Outcome = Outcome.APPROVED) -> DecisionRow:
         """Decide an admitted event, as the pipeline would."""

@@ -7,15 +7,15 @@ server is the caller's to hear of: there is nothing to retry. Does not hold a de
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 from contracts.events import Event, event_id_of
-from contracts.failures import InvalidWorkflowStateError, LimitExceededError
+from contracts.failures import InvalidWorkflowStateError
 from contracts.outcomes import Decision
 from contracts.ports import Clock, Ids
 from contracts.state import EventState, begin
 from contracts.telemetry import current_correlation
 from contracts.tenancy import TenantScope
+from resilience.bulkhead import Bulkhead, BulkheadPolicy
+from resilience.limiter import Observe, ignore
 from workers.pipeline import PIPELINE
 from workers.stages import StagePorts
 
@@ -23,42 +23,32 @@ from workers.stages import StagePorts
 class StageSimulator:
     """The ports Simulator and Redecider over the stages themselves."""
 
-    def __init__(self, ports: StagePorts, clock: Clock, ids: Ids, permits: int) -> None:
-        """At most `permits` (≥ 1) at once in this process, and at most half of them (at least one) for one tenant."""
-        if permits < 1:
-            raise ValueError("a simulator needs at least one permit")
+    def __init__(self, ports: StagePorts, clock: Clock, ids: Ids, permits: int, observe: Observe = ignore) -> None:
+        """At most `permits` (≥ 1) at once in this process, and at most half of them (at least one) for one tenant.
+
+        Nobody waits for a permit: whoever tries an event out is told at once when to come again.
+        """
+        policy = BulkheadPolicy(permits, max(permits // 2, 1), waiting=0)
         self._ports = ports
         self._clock = clock
         self._ids = ids
-        self._permits = permits
-        self._share = max(permits // 2, 1)
-        self._running: dict[TenantScope, int] = {}
+        self._bulkhead = Bulkhead("simulation", clock, policy, observe)
 
     async def simulate(self, scope: TenantScope, event: Event) -> Decision:
         """The decision that the event would get now. Its own id is not looked up: nothing was or will be submitted.
 
         Raises LimitExceededError when too many run at once, InfrastructureError when PostgreSQL does not answer.
         """
-        return await self._permitted(scope, lambda: self._finish(self._begun(scope, event)))
+        async with self._bulkhead.permit(scope):
+            return await self._finish(self._begun(scope, event))
 
     async def redecide(self, state: EventState) -> Decision:
         """The decision that this version would come to now; its pins hold if it has them.
 
         Raises what its stages raise, and LimitExceededError as `simulate` does.
         """
-        return await self._permitted(state.scope, lambda: self._finish(state))
-
-    async def _permitted(self, scope: TenantScope, work: Callable[[], Awaitable[Decision]]) -> Decision:
-        mine = self._running.get(scope, 0)
-        if mine >= self._share or sum(self._running.values()) >= self._permits:
-            raise LimitExceededError("too many simulations run at once; repeat in a moment")
-        self._running[scope] = mine + 1
-        try:
-            return await work()
-        finally:
-            self._running[scope] -= 1
-            if not self._running[scope]:
-                del self._running[scope]
+        async with self._bulkhead.permit(state.scope):
+            return await self._finish(state)
 
     def _begun(self, scope: TenantScope, event: Event) -> EventState:
         correlation = current_correlation()

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from contracts.failures import InvalidMetadataError, InvalidTenantError
 from contracts.identity import Grant, Principal, Role
+from contracts.limits import NO_LIMITS, TenantLimits
 from contracts.ports import TenantProfile
 from contracts.state import Thresholds
 from contracts.tenancy import TenantScope
@@ -31,7 +32,7 @@ class StoredTenant:
     thresholds: Thresholds
     status: str = "active"
     approval_policy: Mapping[str, Any] = field(default_factory=dict)
-    undecided_events: int | None = None
+    limits: TenantLimits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class MemoryDirectory:
         """Every tenant, suspended ones too, in order of its id."""
         rows = sorted(await self._database.run((), lambda tx: tx.rows(TENANTS)), key=lambda row: row.tenant_id)
         return tuple(
-            TenantProfile(TenantScope(row.tenant_id), row.name, row.broker_user, row.thresholds, row.undecided_events)
+            TenantProfile(TenantScope(row.tenant_id), row.name, row.broker_user, row.thresholds, row.limits)
             for row in rows
         )
 
@@ -122,6 +123,14 @@ class MemoryDirectory:
 
         def work(tx: Transaction) -> None:
             tx.put(TENANTS, replace(_known(tx, scope), status=status))
+
+        self._database.apply([scope], work)
+
+    def set_limits(self, scope: TenantScope, limits: TenantLimits) -> None:
+        """What the tenant may hand in from now on. Raises InvalidTenantError."""
+
+        def work(tx: Transaction) -> None:
+            tx.put(TENANTS, replace(_known(tx, scope), limits=limits))
 
         self._database.apply([scope], work)
 

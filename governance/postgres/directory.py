@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.failures import InvalidMetadataError, InvalidModelStateError, InvalidTenantError
 from contracts.identity import EVERYWHERE, Grant, Person, Principal, Role
+from contracts.limits import TenantLimits
 from contracts.ports import Clock, TenantProfile
 from contracts.state import Thresholds
 from contracts.tenancy import TenantScope
@@ -191,10 +192,11 @@ def _person(row: Row[Any]) -> Person:
 
 
 def _profile(row: Row[Any]) -> TenantProfile:
-    undecided: int | None = row.limits.get("undecided_events")
-    return TenantProfile(
-        TenantScope(row.tenant_id), row.name, row.broker_user, thresholds_of(row.thresholds), undecided
-    )
+    try:
+        limits = TenantLimits.model_validate(row.limits)
+    except ValidationError:
+        raise InvalidModelStateError("a tenant's stored limits cannot be read; set them again") from None
+    return TenantProfile(TenantScope(row.tenant_id), row.name, row.broker_user, thresholds_of(row.thresholds), limits)
 
 
 def thresholds_of(stored: dict[str, Any]) -> Thresholds:

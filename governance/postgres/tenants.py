@@ -30,6 +30,7 @@ from contracts.failures import (
     NotKnownError,
 )
 from contracts.identity import EVERYWHERE, Permission, Principal, Role
+from contracts.limits import TenantLimits
 from contracts.state import Thresholds
 from contracts.tenancy import TenantScope
 from governance.access import KEY_BYTES, new_api_key
@@ -46,13 +47,6 @@ _BROKER_S: Final = 4.0
 _AMOUNT: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,8})?")
 _KEY_ID: Final = re.compile(r"rfk_[0-9a-f]{12}")
 _MAKING_LOCK: Final = 1_918_859_008
-
-
-class TenantLimits(BaseModel):
-    """How much a tenant may have under way; None: the installation's default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    undecided_events: int | None = Field(default=None, ge=1, le=10_000_000)
 
 
 class Tenant(BaseModel):

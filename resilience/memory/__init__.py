@@ -7,7 +7,6 @@ durability: everything is gone with the process.
 
 from resilience.memory.broker import Faults, MemoryBroker, MemoryPublisher, QueueDepth
 from resilience.memory.consumer import MemoryConsumer
-from resilience.memory.limiter import MemoryLimiter
 from resilience.memory.replies import MemoryReplies
 from resilience.memory.state_store import Cell, MemoryRedis, MemoryStateStore
 from resilience.memory.time import CountingIds, SteppingClock
@@ -18,7 +17,6 @@ __all__ = [
     "Faults",
     "MemoryBroker",
     "MemoryConsumer",
-    "MemoryLimiter",
     "MemoryPublisher",
     "MemoryRedis",
     "MemoryReplies",

@@ -12,13 +12,14 @@ one says so by `MemoryRedis.silence`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from contracts.codec import Entry
 from contracts.failures import StateStoreError
+from contracts.limits import NO_LIMITS, TenantLimits
 from contracts.ports import (
     Advance,
     Claim,
@@ -34,6 +35,7 @@ from contracts.ports import (
 )
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
+from resilience.limiter import conform
 from resilience.redis import StatePolicy, status_of
 
 Key = tuple[TenantScope, str]
@@ -95,6 +97,7 @@ class MemoryRedis:
         self.members: dict[tuple[TenantScope, int], dict[str, int]] = {}
         self.trusted: dict[str, bool] = {}
         self.attempts: dict[tuple[str, TenantScope, int], int] = {}
+        self.arrivals: dict[TenantScope, int] = {}
         self.down = False
         self._clock = clock
         self._undo_ms = round(undo_s * 1000)
@@ -107,9 +110,9 @@ class MemoryRedis:
         return _ms(self._clock.now())
 
     def flush(self) -> None:
-        """FLUSHALL: states, suspects, heartbeats and backlog."""
+        """FLUSHALL: states, suspects, heartbeats, backlog and rates."""
         tables: tuple[dict[Any, Any], ...] = (self.cells, self.alone, self.beats, self.trusted, self.attempts)
-        tables += tuple(self.members.values())
+        tables += (self.arrivals, *self.members.values())
         for table in tables:
             for key in list(table):
                 self._write(table, key, None)
@@ -182,6 +185,10 @@ class MemoryRedis:
         """So many attempts of these tenants."""
         return sum(self.attempts.get((what, scope, n), 0) for scope in scopes)
 
+    def arrive(self, scope: TenantScope, arrival_us: int) -> None:
+        """Remember the theoretical arrival time of a tenant's next event (see `resilience.limiter`)."""
+        self._write(self.arrivals, scope, arrival_us)
+
     def trust(self, stages: Sequence[str]) -> None:
         """Remember that these stages' backlogs are whole."""
         for stage in stages:
@@ -219,6 +226,8 @@ class MemoryRedis:
             del self.alone[name]
         for boot in [b for b, until in self.beats.items() if now > until]:
             del self.beats[boot]
+        for scope in [s for s, at in self.arrivals.items() if at < now * 1000]:
+            del self.arrivals[scope]
 
 
 class MemoryStateStore:
@@ -252,18 +261,22 @@ class MemoryStateStore:
             raise StateStoreError
         return answer
 
-    async def reserve(self, entries: Sequence[Entry], limits: Sequence[int | None] = ()) -> Sequence[Reservation]:
-        """Store version 0 of each entry unless its identity is known, or its tenant has too much under way."""
-        allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits)) if limit is not None}
-        return await self._call(lambda now: [self._reserve(entry, allowed, now) for entry in entries])
+    async def reserve(self, entries: Sequence[Entry], limits: Sequence[TenantLimits] = ()) -> Sequence[Reservation]:
+        """Store version 0 of each entry unless its identity is known, or its tenant is at a limit."""
+        allowed = {e.header.scope: limit for e, limit in zip(entries, limits, strict=bool(limits))}
+        return await self._call(
+            lambda now: [self._reserve(e, allowed.get(e.header.scope, NO_LIMITS), now) for e in entries]
+        )
 
-    def _reserve(self, entry: Entry, allowed: Mapping[TenantScope, int], now: int) -> Reservation:
+    def _reserve(self, entry: Entry, limits: TenantLimits, now: int) -> Reservation:
         h = entry.header
         key = (h.scope, h.event)
         cell = self.server.cell(key, now)
         if cell is None:
-            if h.scope in allowed and self._is_full(h.scope, allowed[h.scope], now):
+            if limits.undecided_events is not None and self._is_full(h.scope, limits.undecided_events, now):
                 return Reservation(Reserved.FULL, 0, None)
+            if wait_ms := self._take(h.scope, limits, now):
+                return Reservation(Reserved.LIMITED, 0, None, wait_ms)
             fresh = Cell(0, h.digest, h.body_digest, entry.body, expires=self._state_end(now))
             self.server.put(key, fresh)
             self.server.enter(key, 0, h.received_ms)
@@ -273,6 +286,15 @@ class MemoryStateStore:
         if cell.version == 0:
             self._return(key, h.received_ms)
         return Reservation(Reserved.REPEAT, cell.version, (cell.stored or None) if cell.version == 0 else None)
+
+    def _take(self, scope: TenantScope, limits: TenantLimits, now: int) -> int:
+        """In how many ms one more is allowed at the tenant's rate; 0: it is, and was taken."""
+        if limits.rate is None:
+            return 0
+        arrival, wait_ms = conform(self.server.arrivals.get(scope), limits.rate, now * 1000)
+        if arrival is not None and not wait_ms:
+            self.server.arrive(scope, arrival)
+        return wait_ms
 
     def _is_full(self, scope: TenantScope, limit: int, now: int) -> bool:
         if self._undecided(scope) < limit:

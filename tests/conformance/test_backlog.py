@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from contracts.codec import Entry, EntryHeader
+from contracts.limits import NO_LIMITS, TenantLimits
 from contracts.ports import Advance, ClaimRequest, Held, Leaving, Reserved
 from contracts.tenancy import TenantScope
 from tests.conformance.conftest import StateStores
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.conformance
 
 TOKEN = "1" * 32
 SCOPES = (TenantScope("acme"), TenantScope("globex"))
+SLOW = 0.001
+"""Per second: so slow that nothing is earned while a test runs."""
 NOW = datetime.now(UTC)
 NOW_MS = round(NOW.timestamp() * 1000)
 
@@ -50,6 +53,14 @@ def move(one: Entry) -> Advance:
         status="approved" if final else "",
         received_ms=h.received_ms,
     )
+
+
+def capped(undecided: int) -> TenantLimits:
+    return TenantLimits(undecided_events=undecided)
+
+
+def paced(rate_per_s: float, burst: int, undecided: int | None = None) -> TenantLimits:
+    return TenantLimits(rate_per_s=rate_per_s, burst=burst, undecided_events=undecided)
 
 
 def leaving(one: Entry) -> Leaving:
@@ -111,7 +122,7 @@ async def test_what_was_not_known_to_be_accepted_counts_again_when_it_is_repeate
     await store.reserve([entry(0)])
     await store.release((), [leaving(entry(0))])
     assert await counts(store) == [0, 0, 0, 0]
-    assert [one.verdict for one in await store.reserve([entry(0)], [1])] == [Reserved.REPEAT]
+    assert [one.verdict for one in await store.reserve([entry(0)], [capped(1)])] == [Reserved.REPEAT]
     assert await counts(store) == [1, 0, 0, 0]
 
 
@@ -157,29 +168,29 @@ async def test_flushall_forgets_the_backlog_and_that_it_was_whole(stores: StateS
 async def test_no_more_than_the_limit_are_admitted_and_known_ones_pass(stores: StateStores) -> None:
     store = stores.process()
     some = [entry(2 * place) for place in range(6)]
-    verdicts = [one.verdict for one in await store.reserve([*some, entry(1)], [4] * 6 + [None])]
+    verdicts = [one.verdict for one in await store.reserve([*some, entry(1)], [capped(4)] * 6 + [NO_LIMITS])]
     assert verdicts == [Reserved.NEW] * 4 + [Reserved.FULL] * 2 + [Reserved.NEW]
-    again = [one.verdict for one in await store.reserve(some, [4] * 6)]
+    again = [one.verdict for one in await store.reserve(some, [capped(4)] * 6)]
     assert again == [Reserved.REPEAT] * 4 + [Reserved.FULL] * 2
     assert await store.peek([(some[5].header.scope, some[5].header.event)]) == [None]
     await store.release((), [leaving(some[0])])
-    assert [one.verdict for one in await store.reserve([some[5]], [4])] == [Reserved.NEW]
+    assert [one.verdict for one in await store.reserve([some[5]], [capped(4)])] == [Reserved.NEW]
 
 
 async def test_events_at_every_stage_count_until_they_are_decided(stores: StateStores) -> None:
     store = stores.process()
-    await store.reserve([entry(0)], [1])
+    await store.reserve([entry(0)], [capped(1)])
     for n in range(4):
-        assert [one.verdict for one in await store.reserve([entry(2)], [1])] == [Reserved.FULL]
+        assert [one.verdict for one in await store.reserve([entry(2)], [capped(1)])] == [Reserved.FULL]
         await store.claim([ClaimRequest(entry(0, n))], TOKEN)
         await store.advance([move(entry(0, n))])
-    assert [one.verdict for one in await store.reserve([entry(2)], [1])] == [Reserved.NEW]
+    assert [one.verdict for one in await store.reserve([entry(2)], [capped(1)])] == [Reserved.NEW]
 
 
 async def test_many_doors_at_once_admit_no_more_than_the_limit(stores: StateStores) -> None:
     doors = [stores.process(f"door-{number}") for number in range(8)]
     answers = await asyncio.gather(
-        *(door.reserve([entry(2 * (8 * i + k)) for k in range(8)], [20] * 8) for i, door in enumerate(doors))
+        *(door.reserve([entry(2 * (8 * i + k)) for k in range(8)], [capped(20)] * 8) for i, door in enumerate(doors))
     )
     found = [one.verdict for some in answers for one in some]
     assert (found.count(Reserved.NEW), found.count(Reserved.FULL)) == (20, 44)
@@ -187,8 +198,71 @@ async def test_many_doors_at_once_admit_no_more_than_the_limit(stores: StateStor
 
 async def test_leftovers_of_dead_states_take_no_room(stores: StateStores) -> None:
     store = stores.process(state_ttl_s=100)
-    await store.reserve([entry(0, received_ms=1)], [1])
-    assert [one.verdict for one in await store.reserve([entry(2)], [1])] == [Reserved.NEW]
+    await store.reserve([entry(0, received_ms=1)], [capped(1)])
+    assert [one.verdict for one in await store.reserve([entry(2)], [capped(1)])] == [Reserved.NEW]
+
+
+# --- the rate ---------------------------------------------------------------------------------------------
+
+
+async def test_a_burst_passes_and_what_is_beyond_is_told_when_to_come_again(stores: StateStores) -> None:
+    some = [entry(2 * place) for place in range(6)]
+    answers = await stores.process().reserve([*some, entry(1)], [paced(SLOW, 5)] * 6 + [NO_LIMITS])
+    assert [one.verdict for one in answers] == [Reserved.NEW] * 5 + [Reserved.LIMITED, Reserved.NEW]
+    assert (answers[5].version, answers[5].stored) == (0, None)
+    assert 990_000 <= answers[5].wait_ms <= 1_000_000
+    assert await stores.process().peek([(some[5].header.scope, some[5].header.event)]) == [None]
+
+
+async def test_a_repeat_passes_at_any_rate_and_uses_up_none(stores: StateStores) -> None:
+    store, limits = stores.process(), [paced(SLOW, 2)]
+    for _ in range(3):
+        assert (await store.reserve([entry(0)], limits))[0].verdict in (Reserved.NEW, Reserved.REPEAT)
+    verdicts = [(await store.reserve([entry(place)], limits))[0].verdict for place in (2, 4, 0, 4)]
+    assert verdicts == [Reserved.NEW, Reserved.LIMITED, Reserved.REPEAT, Reserved.LIMITED]
+    (other,) = await store.reserve([entry(0, body="another")], limits)
+    assert other.verdict is Reserved.CONFLICT
+
+
+async def test_what_finds_no_room_uses_up_no_rate(stores: StateStores) -> None:
+    store = stores.process()
+    await store.reserve([entry(0)], [paced(SLOW, 2, undecided=1)])
+    for place in (2, 4):
+        (full,) = await store.reserve([entry(place)], [paced(SLOW, 2, undecided=1)])
+        assert full.verdict is Reserved.FULL
+    (new,) = await store.reserve([entry(2)], [paced(SLOW, 2)])
+    assert new.verdict is Reserved.NEW
+
+
+async def test_what_was_told_is_kept_and_not_before(stores: StateStores) -> None:
+    store, limits = stores.process(), [paced(4, 2)]
+    await store.reserve([entry(0), entry(2)], limits * 2)
+    (refused,) = await store.reserve([entry(4)], limits)
+    assert refused.verdict is Reserved.LIMITED
+    assert 1 <= refused.wait_ms <= 250
+    await stores.wait(refused.wait_ms)
+    found = [one.verdict for one in await store.reserve([entry(4), entry(6)], limits * 2)]
+    assert found == [Reserved.NEW, Reserved.LIMITED]
+
+
+async def test_many_doors_at_once_let_no_more_in_than_the_burst(stores: StateStores) -> None:
+    doors = [stores.process(f"door-{number}") for number in range(8)]
+    answers = await asyncio.gather(
+        *(
+            door.reserve([entry(2 * (8 * i + k)) for k in range(8)], [paced(SLOW, 20)] * 8)
+            for i, door in enumerate(doors)
+        )
+    )
+    found = [one.verdict for some in answers for one in some]
+    assert (found.count(Reserved.NEW), found.count(Reserved.LIMITED)) == (20, 44)
+
+
+async def test_a_state_store_that_forgot_gives_the_burst_anew(stores: StateStores) -> None:
+    store = stores.process()
+    await store.reserve([entry(0)], [paced(SLOW, 1)])
+    await stores.wipe()
+    (new,) = await store.reserve([entry(2)], [paced(SLOW, 1)])
+    assert new.verdict is Reserved.NEW
 
 
 # --- any order of operations ------------------------------------------------------------------------------

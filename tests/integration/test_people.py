@@ -605,10 +605,21 @@ async def test_limits_are_checked_and_every_change_of_thresholds_is_a_version(ho
         Changes(approval_policy={"four_eyes_amount": "-1"}),
         Changes(approval_policy={"unknown": 1}),
         Changes(limits={"undecided_events": 0}),
+        Changes(limits={"rate_per_s": 5}),
+        Changes(limits={"rate_per_s": -1, "burst": 1}),
+        Changes(limits={"rate_per_s": float("inf"), "burst": 1}),
+        Changes(limits={"rate_per_s": 5, "burst": 0}),
     ):
         with pytest.raises(InvalidRequestError):
             await house.people.tenants.limit(ROOT, scope, wrong)
     assert await house.people.tenants.show(scope) == second
+    rate = {"rate_per_s": 7.5, "burst": 30}
+    paced = await house.people.tenants.limit(ROOT, scope, Changes(limits=rate))
+    assert paced.limits.model_dump() == rate | {"undecided_events": 5}
+    house.clock.step(6)
+    assert {one.scope: one.limits for one in await house.directory.tenants()}[scope] == paced.limits
+    freed = await house.people.tenants.limit(ROOT, scope, Changes(limits={"rate_per_s": None, "burst": None}))
+    assert freed.limits == second.limits
     boss = await house.as_user(await house.user((scope, Role.ADMIN)))
     assert boss is not None
     with pytest.raises(AuthorizationError):

@@ -23,6 +23,7 @@ from contracts.ports import Confirm, DecisionRow
 from contracts.tenancy import TenantScope
 from gateway.health import HealthDoor, HealthReport, health_app, serve
 from gateway.http import HttpPorts, create_app, ingest_calls
+from resilience.monitor import MonitorPolicy, Readings, ServerReading, StageReading, judge
 from tests.fakes import DoorParts, InMemoryLedger, event_body
 from tests.fakes_doors import WholeDoor, health_door
 
@@ -268,6 +269,9 @@ async def test_a_tenant_sees_itself(client: httpx.AsyncClient) -> None:
         "max_batch_bytes": 5_242_880,
         "max_batch_events": 1_000,
         "max_wait_seconds": 30,
+        "undecided_events": None,
+        "rate_per_s": None,
+        "burst": None,
     }
 
 
@@ -437,11 +441,29 @@ async def test_health_tells_what_the_process_is_and_whether_it_is_ready() -> Non
             assert (await client.get("/health/live")).status_code == 200
             ready = await client.get("/health/ready")
             assert (ready.status_code, ready.json()["reasons"]) == (503, ["redis is away"])
-            assert (await client.get("/metrics")).headers["content-type"].startswith("text/plain")
+            assert ready.json()["health"] == "down"
+            metrics = await client.get("/metrics")
+            assert metrics.headers["content-type"].startswith("text/plain")
+            assert "riskfleet_health 2.0" in metrics.text.splitlines()
         async with client_of(build(health_door(RuntimeError()))) as client:
             assert (await client.get("/health/ready")).status_code == 503
         async with client_of(build(health_door())) as client:
             assert (await client.get("/health/ready")).status_code == 200
+            assert "riskfleet_health 0.0" in (await client.get("/metrics")).text.splitlines()
+
+
+async def test_a_late_fleet_leaves_a_role_ready_and_a_pause_does_not() -> None:
+    up = ServerReading(answered=True, seconds=0.01)
+    readings = Readings(up, up, up, {"scoring": StageReading(20_000, 400.0)})
+    report = HealthReport.of(judge(replace(readings, redis=replace(up, seconds=2.0)), MonitorPolicy()))
+    async with client_of(health_app(health_door(report))) as client:
+        answer = await client.get("/health/ready")
+        assert (answer.status_code, answer.json()["health"]) == (200, "down")
+        assert [one["cause"] for one in answer.json()["findings"]] == ["stuck", "backlog", "slow-server"]
+    paused = HealthReport.of(judge(replace(readings, stages={}, paused="DatabaseError"), MonitorPolicy()))
+    async with client_of(health_app(health_door(paused))) as client:
+        answer = await client.get("/health/ready")
+        assert (answer.status_code, answer.json()["reasons"]) == (503, ["paused: DatabaseError"])
 
 
 async def test_a_real_server_answers_and_stops_when_told() -> None:

@@ -32,6 +32,7 @@ from contracts.ports import Confirm, Delivery, Message
 from contracts.settlement import Ack, Hold, Pause, Settlement
 from contracts.topology import reply_queue
 from resilience.replies import ReplyBoard
+from resilience.turns import Turns
 
 log = structlog.get_logger("rabbit")
 
@@ -197,7 +198,7 @@ class RabbitConsumer:
         self._handler = handler
         self._probe = probe
         self._policy = policy
-        self._waiting: asyncio.Queue[_Held] = asyncio.Queue()
+        self._waiting: Turns[_Held] = Turns(lambda held: held.delivery.queue)
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._subscribers: dict[str, Any] = {}
         self._broker: RabbitBroker | None = None

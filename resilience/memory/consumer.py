@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from contracts.settlement import Ack, Hold, Pause, Settlement
 from resilience.memory.queue import Stored, Subscription, delivered_headers
 from resilience.memory.time import first_of
 from resilience.rabbit import ConsumerPolicy, Handler, Probe
+from resilience.turns import Turns
 
 if TYPE_CHECKING:
     from resilience.memory.broker import Connection, MemoryBroker
@@ -59,7 +60,7 @@ class MemoryConsumer:
         self._probe = probe
         self._policy = policy
         self._name = name
-        self._waiting: deque[_Held] = deque()
+        self._waiting: Turns[_Held] = Turns(lambda held: held.delivery.queue)
         self._bell = asyncio.Event()
         self._seen: OrderedDict[tuple[str, str | None, int], None] = OrderedDict()
         self._connection: Connection | None = None
@@ -92,7 +93,7 @@ class MemoryConsumer:
 
     def _attach(self, connection: Connection, queue: str) -> None:
         def receive(subscription: Subscription, tag: int, stored: Stored) -> None:
-            self._waiting.append(_Held(self._delivery(subscription, stored), connection, subscription, tag))
+            self._waiting.put_nowait(_Held(self._delivery(subscription, stored), connection, subscription, tag))
             self._bell.set()
 
         self._memory.subscribe(connection, queue, self._policy.prefetch, receive)
@@ -168,17 +169,17 @@ class MemoryConsumer:
 
     async def _next_group(self) -> list[_Held]:
         await self._memory.sleep(0)  # publishers and other consumers run between two groups
-        while not self._waiting:
+        while self._waiting.empty():
             if self._stopping.is_set():
                 return []
             self._bell.clear()
             await self._bell.wait()
-        if self._policy.linger_s and len(self._waiting) <= self._policy.group:
+        if self._policy.linger_s and self._waiting.qsize() <= self._policy.group:
             await self._memory.sleep(self._policy.linger_s)
-        group = [self._waiting.popleft()]
+        group = [self._waiting.get_nowait()]
         events = group[0].delivery.events
-        while events < self._policy.group and self._waiting:
-            group.append(self._waiting.popleft())
+        while events < self._policy.group and not self._waiting.empty():
+            group.append(self._waiting.get_nowait())
             events += group[-1].delivery.events
         return [held for held in group if held.connection.alive]
 
@@ -204,7 +205,7 @@ class MemoryConsumer:
         async def later() -> None:
             await self._memory.sleep(hold.seconds)
             if held.connection.alive:
-                self._waiting.append(held)
+                self._waiting.put_nowait(held)
                 self._bell.set()
 
         task = asyncio.ensure_future(later())
@@ -239,7 +240,8 @@ class MemoryConsumer:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._memory.disconnect(connection)
-        self._waiting.clear()
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
         for task in self._holding:
             task.cancel()
 

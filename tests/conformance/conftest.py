@@ -301,7 +301,7 @@ def twin_brokers(wanted: Topology) -> Brokers:
 
     def waiting(consumer: Consumer) -> int:
         assert isinstance(consumer, MemoryConsumer)
-        return len(consumer._waiting)
+        return consumer._waiting.qsize()
 
     async def pass_time(seconds: float) -> None:
         clock.step(seconds)

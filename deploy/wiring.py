@@ -25,10 +25,9 @@ from contracts.topology import (
     PARKED_SOURCES,
     STAGES,
     UNROUTED,
+    Layout,
     Stage,
-    audit_queue,
     parked_queue,
-    stage_queue,
 )
 from deploy import keys
 from deploy.runtime import RandomIds, SystemClock
@@ -43,6 +42,7 @@ from governance.postgres.deadletters import PostgresDeadLetters
 from governance.postgres.directory import PostgresDirectory
 from governance.postgres.feed import PostgresDecisionFeed
 from governance.postgres.labels import PostgresLabelBook
+from governance.postgres.layouts import PostgresLayouts
 from governance.postgres.ledger import PostgresLedger
 from governance.postgres.registry import PostgresRegistry
 from resilience.rabbit import ConsumerPolicy, Handler, RabbitConsumer, RabbitPublisher, RabbitReplies
@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from gateway.intake import Intake
 
 log = structlog.get_logger("role")
+
+Queues = Sequence[str] | Callable[[Layout], Sequence[str]]
+"""Of a consumer: the same whatever runs, or those of every version."""
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
@@ -71,6 +74,7 @@ class Kit:
     publisher: RabbitPublisher
     state_store: RedisStateStore
     telemetry: QueueTelemetry
+    layouts: PostgresLayouts
 
     async def probe(self) -> None:
         """Raise the InfrastructureError of the first server that does not answer."""
@@ -91,12 +95,14 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
         settings.need("rabbitmq_url"), timeout_s=settings.publish_timeout_s, name=f"riskfleet-{role}"
     )
     telemetry = QueueTelemetry(publisher, ids)
+    layouts = PostgresLayouts(engine, settings.partitions)
     try:
         await pg.check_settings(engine)
+        await layouts.refresh()
         await check_eviction(state_store)
         await publisher.start()
         await telemetry.start()
-        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry)
+        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry, layouts)
         # Last measurements need the publisher; the publisher outlives everything that publishes.
         await telemetry.stop()
     finally:
@@ -157,9 +163,8 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
             k.ids,
         )
         policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
-        runner = StageRunner(stage, ports, settings.partitions, policy)
-        queues = [stage_queue(stage, p) for p in range(settings.partitions)]
-        await _consume(k, stage, [(queues, runner.handle)])
+        runner = StageRunner(stage, ports, k.layouts, policy)
+        await _consume(k, stage, [(lambda layout: layout.stage_queues(stage), runner.handle)])
 
 
 def registry(k: Kit) -> PostgresRegistry:
@@ -178,8 +183,8 @@ async def run_sink(settings: Settings, sink: str) -> None:
         if sink == "audit":
             from workers.sinks.audit import AuditSink
 
-            queues = [audit_queue(p) for p in range(settings.partitions)]
-            parts = [(queues, AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock).handle)]
+            audit = AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock)
+            parts: list[tuple[Queues, Handler]] = [(Layout.audit_queues, audit.handle)]
         elif sink == "parking":
             from workers.sinks.delivery import DeliverySink
             from workers.sinks.labels import LabelsSink
@@ -227,7 +232,7 @@ async def run_gateway(settings: Settings) -> None:
                 waiting=Waiting(replies, ledger, k.clock, stopping=stop),
             )
             door = health_door(k, CollectorRegistry(), lambda: None)
-            app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
+            app = create_app(intake, ports, refusals, door, layouts=k.layouts)
             async with background(k, stop, refusals.run(asyncio.Event())):
                 await serve(app, settings.http_host, settings.http_port, stop=stop)
         await refusals.flush(final=True)
@@ -266,9 +271,9 @@ def _doors(k: Kit, ledger: PostgresLedger, directory: PostgresDirectory) -> tupl
     from gateway.intake import Intake, IntakePorts
 
     counter = RefusalCounter(RefusalPolicy(k.boot))
-    refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.settings.partitions)
+    refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.layouts)
     ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids, directory)
-    return refusals, Intake(ports, refusals, k.settings.partitions)
+    return refusals, Intake(ports, refusals, k.layouts)
 
 
 async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory) -> None:
@@ -286,18 +291,39 @@ def _consumer(k: Kit, queues: Sequence[str], handler: Handler, policy: ConsumerP
     return RabbitConsumer(k.settings.need("rabbitmq_url"), queues, handler, k.probe, policy)
 
 
+async def _follow(k: Kit, consumers: Sequence[tuple[RabbitConsumer, Queues]]) -> None:
+    """Take up the queues of versions that are new, and leave those of retired ones, within seconds."""
+    while True:
+        await asyncio.sleep(_DISCOVERY_S)
+        for consumer, queues in consumers:
+            wanted = _wanted(k, queues)
+            with contextlib.suppress(InfrastructureError):
+                for queue in wanted:
+                    await consumer.add_queue(queue)
+                for queue in set(consumer.queues) - set(wanted):
+                    await consumer.drop_queue(queue)
+
+
+def _wanted(k: Kit, queues: Queues) -> list[str]:
+    """What a role consumes now, the oldest version first, so that it drains."""
+    if callable(queues):
+        return [queue for layout in k.layouts.running for queue in queues(layout)]
+    return list(queues)
+
+
 async def _consume(
-    k: Kit, role: str, parts: Sequence[tuple[Sequence[str], Handler]], measured: CollectorRegistry | None = None
+    k: Kit, role: str, parts: Sequence[tuple[Queues, Handler]], measured: CollectorRegistry | None = None
 ) -> None:
     """Beat, consume and answer health until told to stop; then finish the groups in hand."""
     await k.state_store.beat()
     sink = ConsumerPolicy(_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S) if role.startswith("sink-") else None
-    consumers = [_consumer(k, queues, handler, sink) for queues, handler in parts]
+    followed = [(_consumer(k, _wanted(k, queues), handler, sink), queues) for queues, handler in parts]
+    consumers = [consumer for consumer, _ in followed]
     stop = stop_signal()
     for consumer in consumers:
         await consumer.start()
-    log.info("role.ready", role=role, count=sum(len(queues) for queues, _ in parts))
-    async with background(k, stop, *(consumer.join() for consumer in consumers)):
+    log.info("role.ready", role=role, count=sum(len(consumer.queues) for consumer in consumers))
+    async with background(k, stop, _follow(k, followed), *(consumer.join() for consumer in consumers)):
 
         def paused() -> str | None:
             return next((consumer.paused_reason for consumer in consumers if consumer.paused_reason), None)
@@ -325,7 +351,7 @@ def health_door(k: Kit, measured: CollectorRegistry, paused: Callable[[], str | 
 @asynccontextmanager
 async def background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> AsyncIterator[None]:
     """The heartbeat and other endless work beside a role; a task that dies stops the role, loudly."""
-    tasks = [asyncio.ensure_future(item) for item in (_beat_forever(k), *work)]
+    tasks = [asyncio.ensure_future(item) for item in (_beat_forever(k), _read_layouts(k), *work)]
     for task in tasks:
         task.add_done_callback(lambda t: None if t.cancelled() else stop.set())
     try:
@@ -337,6 +363,13 @@ async def background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> Asy
     for result in results:
         if isinstance(result, Exception):
             raise result
+
+
+async def _read_layouts(k: Kit) -> None:
+    while True:
+        await asyncio.sleep(_DISCOVERY_S)
+        with contextlib.suppress(InfrastructureError):
+            await k.layouts.refresh()
 
 
 async def _beat_forever(k: Kit) -> None:

@@ -199,6 +199,7 @@ class RabbitConsumer:
         self._policy = policy
         self._waiting: asyncio.Queue[_Held] = asyncio.Queue()
         self._seen: OrderedDict[str, None] = OrderedDict()
+        self._subscribers: dict[str, Any] = {}
         self._broker: RabbitBroker | None = None
         self._loop: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -252,6 +253,7 @@ class RabbitConsumer:
             decoder=_raw_body,
         )
         subscriber(receive)
+        self._subscribers[queue] = subscriber
         return subscriber
 
     async def add_queue(self, queue: str) -> None:
@@ -265,6 +267,23 @@ class RabbitConsumer:
         except _CLIENT_ERRORS as error:
             raise MessagingFailureError(f"cannot consume {queue} yet ({type(error).__name__})") from error
         self._queues.append(queue)
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """What is consumed."""
+        return tuple(self._queues)
+
+    async def drop_queue(self, queue: str) -> None:
+        """Consume a queue no more; what was delivered from it is still settled. Raises MessagingFailureError."""
+        if queue not in self._queues:
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._subscribers[queue].stop()
+        except _CLIENT_ERRORS as error:
+            raise MessagingFailureError(f"cannot leave {queue} yet ({type(error).__name__})") from error
+        self._queues.remove(queue)
+        del self._subscribers[queue]
 
     def _delivery(self, queue: str, message: RabbitMessage) -> Delivery:
         raw = message.raw_message

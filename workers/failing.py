@@ -23,7 +23,7 @@ from contracts.messages import ladder_message, parked_message, rejection_message
 from contracts.ports import Clock, Delivery, Telemetry
 from contracts.state import EventState
 from contracts.telemetry import FAILURES, PARKED, RETRIES, Measurement, Metric
-from contracts.topology import STAGES, Stage
+from contracts.topology import STAGES, RunningLayouts, Stage, is_version
 from workers.outgoing import Wave
 from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park_bytes
 
@@ -33,11 +33,13 @@ log = structlog.get_logger("runner")
 class Failures:
     """The failures of one stage's entries."""
 
-    def __init__(self, stage: Stage, retry: RetryPolicy, partitions: int, telemetry: Telemetry, clock: Clock) -> None:
-        """`partitions` is the number of queues of the stage."""
+    def __init__(
+        self, stage: Stage, retry: RetryPolicy, layouts: RunningLayouts, telemetry: Telemetry, clock: Clock
+    ) -> None:
+        """`layouts`: the queues of the stage."""
         self._stage = stage
         self._retry = retry
-        self._partitions = partitions
+        self._layouts = layouts
         self._telemetry = telemetry
         self._clock = clock
 
@@ -62,11 +64,17 @@ class Failures:
         return entries
 
     def _misfit(self, entry: Entry, now: str) -> Park | None:
-        """The dead letter of an entry that this stage cannot hold; without a valid tenant it is nobody's."""
+        """The dead letter of an entry that this stage cannot hold; without a valid tenant it is nobody's.
+
+        Raises MessagingFailureError for an entry of a version that is not known here.
+        """
         try:
             entry.header.scope  # noqa: B018 - validates the tenant id
         except RiskfleetError as error:
             return park_bytes(encode_carrier((entry,)), self._stage, error, now)
+        if not is_version(entry.header.topology):
+            return park(entry, InvalidWorkflowStateError("the entry names no topology version"), now)
+        self._layouts.of(entry.header.topology)  # not known yet: everything waits until it is
         if entry.header.stage != self._stage or entry.header.n != STAGES.index(self._stage):
             return park(entry, InvalidWorkflowStateError("the entry is addressed to another stage"), now)
         return None
@@ -104,7 +112,7 @@ class Failures:
         self._measure(FAILURES, category)
         verdict = after_failure(entry, error, self._retry, self._now())
         if isinstance(verdict, Retry):
-            wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._partitions))
+            wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._layouts))
             self._measure(RETRIES, category)
         else:
             self.park(verdict, wave)

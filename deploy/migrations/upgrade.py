@@ -51,6 +51,7 @@ GRANTS: Final[Mapping[str, str]] = {
     "registry_activations": "SELECT, INSERT",
     "halts": "SELECT, INSERT, UPDATE, DELETE",
     "probes": "SELECT, INSERT, UPDATE",
+    "layouts": "SELECT, INSERT, UPDATE (retired_at, removed_at)",
     "tenants": "SELECT, INSERT, UPDATE",
     "users": "SELECT, INSERT, UPDATE",
     "memberships": "SELECT, INSERT, DELETE",

@@ -30,6 +30,7 @@ from contracts.identity import Principal
 from contracts.ports import Clock
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 from governance.audit import operator_record
 from governance.postgres.engine import moment, sqlstate, transaction
 from governance.postgres.outbox import enqueue_records
@@ -209,11 +210,16 @@ class RegistryGate:
     """
 
     def __init__(
-        self, engine: AsyncEngine, clock: Clock, partitions: int, signer: Signer, validators: Mapping[str, Validator]
+        self,
+        engine: AsyncEngine,
+        clock: Clock,
+        layouts: RunningLayouts,
+        signer: Signer,
+        validators: Mapping[str, Validator],
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._partitions = partitions
+        self._layouts = layouts
         self._signer = signer
         self._validators = {"prompt": check_prompt, **validators}
         missing = [kind for kind in KINDS if kind not in self._validators]
@@ -455,7 +461,7 @@ class RegistryGate:
                 await connection.execute(_LOCK, {"key": f"riskfleet.registry {_owner(scope)}"})
                 command = _Command(connection, scope, caller, reason, self._clock.now(), [])
                 yield command
-                await enqueue_records(connection, scope, command.records, self._partitions)
+                await enqueue_records(connection, scope, command.records, self._layouts)
         except DBAPIError as error:
             # Only what passes our own checks comes here: the tables know something that we did not.
             if sqlstate(error) not in _REFUSED_BY_THE_TABLES:

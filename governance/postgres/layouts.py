@@ -21,6 +21,8 @@ from governance.postgres.engine import transaction
 LEAD_S: Final = 10
 """Seconds between a version's row and its first entry: five readings of the slowest process."""
 
+_BUSY: Final = "the topology is being changed already: repeat in a minute"
+
 _READ: Final = text(
     """
     SELECT version, partitions, filling_from <= now() AS fills, retired_at IS NOT NULL AS retired,
@@ -97,8 +99,13 @@ class PostgresLayouts:
             return await _rows(connection)
 
     async def planned(self, partitions: int) -> Layout:
-        """The version after the last one, with so many partitions; nothing is written."""
+        """The version after the last one, with so many partitions; nothing is written.
+
+        Raises InvalidWorkflowStateError while the last one takes no entries yet.
+        """
         rows = await self.rows()
+        if rows and not rows[-1].fills:
+            raise InvalidWorkflowStateError(_BUSY)
         return Layout(f"v{rows[-1].layout.number + 1 if rows else 2}", partitions)
 
     async def add(self, layout: Layout) -> None:
@@ -111,7 +118,7 @@ class PostgresLayouts:
             await connection.execute(_FIRST, {"partitions": self._partitions})
             rows = await _rows(connection)
             if rows[-1].layout.number + 1 != layout.number or not rows[-1].fills:
-                raise InvalidWorkflowStateError("the topology is being changed by somebody else: repeat in a minute")
+                raise InvalidWorkflowStateError(_BUSY)
             values = {"version": layout.number, "partitions": layout.partitions, "lead": LEAD_S}
             await connection.execute(_ADD, values)
 

@@ -82,6 +82,7 @@ class Fleet:
     clock: SteppingClock = field(default_factory=SteppingClock)
     ids: CountingIds = field(default_factory=CountingIds)
     telemetry: RecordingTelemetry = field(default_factory=RecordingTelemetry)
+    layouts: Layouts = field(default_factory=lambda: Layouts.first(1))
 
     def __post_init__(self) -> None:
         self._boots = 0
@@ -164,7 +165,7 @@ class Worker:
         f = self.fleet
         stage_ports = StagePorts(f.ledger, f.registry)
         ports = RunnerPorts(self.store, f.ledger, f.broker, stage_ports, f.telemetry, f.clock, f.ids)
-        return StageRunner(stage, ports, layouts=Layouts.first(1))
+        return StageRunner(stage, ports, f.layouts)
 
     async def deliver_all(self, stage: Stage, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
         return await self.runner(stage).handle(deliveries)

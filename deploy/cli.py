@@ -177,7 +177,9 @@ def topology_apply(
     console.print(f"topology applied: {count} things asserted")
     if partitions is not None:
         layout = asyncio.run(relayout.change(loaded, partitions))
-        console.print(f"{layout.version} with {layout.partitions} partitions takes new entries, in {LEAD_S} s if new")
+        console.print(
+            f"{layout.version} with {layout.partitions} partitions takes new entries (a new version from {LEAD_S} s on)"
+        )
 
 
 @topology_app.command("retire")

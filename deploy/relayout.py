@@ -63,7 +63,7 @@ class TopologyReport:
 async def examine(settings: Settings) -> TopologyReport:
     """Which versions run, what is left in them, and whether the broker is as it should be."""
     async with opened(settings) as (management, layouts):
-        rows = await layouts.rows() or [LayoutRow(layouts.newest, fills=True, retired=False, removed=False)]
+        rows = await _rows(layouts)
         differences = await management.differences(topology_of(layouts.running))
         versions = []
         for row in rows:
@@ -76,6 +76,11 @@ async def examine(settings: Settings) -> TopologyReport:
             if row.retired:
                 differences.append(f"{row.layout.version} is half removed: run 'riskfleet topology retire' again")
         return TopologyReport(versions, differences)
+
+
+async def _rows(layouts: PostgresLayouts) -> Sequence[LayoutRow]:
+    """Every version; the first one as if it had a row, while none has."""
+    return await layouts.rows() or [LayoutRow(layouts.newest, fills=True, retired=False, removed=False)]
 
 
 def _state(row: LayoutRow, newest: Layout) -> str:
@@ -117,7 +122,7 @@ async def retire(settings: Settings, version: str, patience_s: float, clock: Clo
     Raises SettingsError for a version that there is not, InvalidWorkflowStateError when it must not go (yet).
     """
     async with opened(settings) as (management, layouts):
-        row = _found(await layouts.rows(), version)
+        row = _found(await _rows(layouts), version)
         if row.removed:
             say(f"{version} is removed already")
             return
@@ -135,7 +140,7 @@ def _found(rows: Sequence[LayoutRow], version: str) -> LayoutRow:
     for row in rows:
         if row.layout.version == version:
             return row
-    raise SettingsError(f"there is no old topology version {version}: see riskfleet topology check")
+    raise SettingsError(f"there is no topology version {version}: see 'riskfleet topology check'")
 
 
 async def _drained(

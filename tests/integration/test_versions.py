@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from typing import Any
 
+import orjson
 import pytest
 
 from contracts.failures import InvalidWorkflowStateError
 from contracts.topology import Layout
 from deploy import relayout
 from deploy.runtime import SystemClock
-from deploy.settings import Settings, SettingsError
+from deploy.settings import Settings, environment_of
 from resilience.management import BrokerManagement
 from tests.integration.fleet_fixture import RunningFleet, eventually, show, some_events
 
@@ -82,9 +85,8 @@ async def test_eight_thirteen_five_partitions_under_load_lose_and_repeat_nothing
         scoring = fleet.pids()["scoring"]
         os.kill(scoring, signal.SIGSTOP)  # so that entries of both versions are certainly under way at once
         try:
-            waits = lambda layout: held(settings, layout, "scoring")  # noqa: E731
-            await eventually("entries of v2 at scoring", lambda: waits(V2), lambda n: n > 0, 60)
-            assert await waits(V1) > 0
+            await eventually("v2 at scoring", lambda: held(settings, V2, "scoring"), lambda n: n > 0, 60)
+            assert await held(settings, V1, "scoring") > 0
             assert await states(settings) == {"v1": "draining", "v2": "filling"}
             with pytest.raises(InvalidWorkflowStateError, match=r"v1 is not drained: \d+ messages are left"):
                 await retire(settings, "v1", 0)
@@ -113,10 +115,30 @@ async def test_eight_thirteen_five_partitions_under_load_lose_and_repeat_nothing
     await fleet.assert_empty()
 
 
-async def test_the_newest_version_and_one_that_there_never_was_cannot_be_retired(fleet: RunningFleet) -> None:
-    newest = (await relayout.examine(fleet.settings)).versions[-1].version
-    if newest != "v1":
-        with pytest.raises(InvalidWorkflowStateError, match="only an older version"):
-            await retire(fleet.settings, newest, 0)
-    with pytest.raises(SettingsError, match="no old topology version v9"):
-        await retire(fleet.settings, "v9", 0)
+def topology(fleet: RunningFleet, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deploy.cli", "topology", *words]
+    environment = os.environ | environment_of(fleet.settings)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_commands_say_what_runs_and_refuse_what_would_lose_something(fleet: RunningFleet) -> None:
+    checked = topology(fleet, "check", "--json")
+    report = orjson.loads(checked.stdout)
+    newest = report["versions"][-1]
+    assert (checked.returncode, report["differences"], newest["state"]) == (0, [], "filling")
+    told = topology(fleet, "check")
+    assert f"{newest['version']}: {newest['partitions']} partitions, filling, 0 messages left" in told.stdout
+    same = topology(fleet, "apply", "--partitions", str(newest["partitions"]))
+    assert (same.returncode, newest["version"] in same.stdout) == (0, True)
+    assert orjson.loads(topology(fleet, "check", "--json").stdout) == report
+    refusals = {
+        ("retire", newest["version"]): (1, "only an older version can go"),
+        ("retire", "v99"): (2, "there is no topology version v99"),
+        ("retire", "one"): (2, "there is no topology version one"),
+        ("retire", "v99", "--wait", "5"): (2, "--wait"),
+        ("apply", "--partitions", "101"): (2, "--partitions"),
+    }
+    for words, (code, why) in refusals.items():
+        answer = topology(fleet, *words)
+        assert (answer.returncode, why in " ".join(answer.stderr.split())) == (code, True), answer.stderr
+    assert orjson.loads(topology(fleet, "check", "--json").stdout) == report

@@ -21,6 +21,7 @@ from contracts.failures import UndecodableEntryError
 from contracts.lifecycle import Status
 from contracts.state import SECTIONS, STATE_SCHEMA, STATE_TYPES, AuditRecord, EventState, TrailEntry
 from contracts.tenancy import TenantScope
+from contracts.topology import VERSION
 
 MAGIC = b"RFC1"
 MAX_ENTRIES = 64
@@ -47,7 +48,7 @@ class EntryHeader:
     n: int
     digest: str
     body_digest: str
-    topology: str = "v1"
+    topology: str = VERSION
     attempts: int = 0
     first_failed_at: str | None = None
     suspect: bool = False
@@ -86,8 +87,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 } | {"first_failed_at": (str, type(None)), "reply_to": (str, type(None))}
 
 
-def entry_of(state: EventState, stage: str, reply_to: str | None = None) -> Entry:
-    """The entry that carries `state` to `stage`."""
+def entry_of(state: EventState, stage: str, reply_to: str | None = None, *, topology: str = VERSION) -> Entry:
+    """The entry that carries `state` to `stage` on the queues of a topology version."""
     header = EntryHeader(
         tenant=state.scope.tenant_id,
         event=state.event_id,
@@ -96,6 +97,7 @@ def entry_of(state: EventState, stage: str, reply_to: str | None = None) -> Entr
         n=state.n,
         digest=state.digest,
         body_digest=state.body_digest,
+        topology=topology,
         reply_to=reply_to,
         received_ms=_milliseconds(state.received_at),
     )

@@ -25,7 +25,9 @@ from contracts.topology import (
     LABELS_QUEUE,
     REJECTED,
     STAGES,
+    VERSION,
     WORK,
+    RunningLayouts,
     Stage,
     audit_queue,
     delivery_rung,
@@ -34,6 +36,7 @@ from contracts.topology import (
     partition_of,
     rung_exchange,
     stage_queue,
+    version_of,
 )
 
 JSON = "application/json"
@@ -46,21 +49,22 @@ def arrived(message: Message, confirm: Confirm) -> bool:
     return confirm is Confirm.CONFIRMED or (confirm is Confirm.UNROUTABLE and not message.mandatory)
 
 
-def stage_message(entry: Entry, partitions: int) -> Message:
-    """A carrier of one entry to the queue of its stage and its tenant's partition."""
-    (message,) = stage_messages((entry,), partitions)
+def stage_message(entry: Entry, layouts: RunningLayouts) -> Message:
+    """A carrier of one entry to the queue of its stage and its tenant's partition, on the entry's own version."""
+    (message,) = stage_messages((entry,), layouts)
     return message
 
 
-def stage_messages(entries: Iterable[Entry], partitions: int) -> list[Message]:
+def stage_messages(entries: Iterable[Entry], layouts: RunningLayouts) -> list[Message]:
     """Carriers to the queues of their stages and partitions: what is ready together travels together.
 
     Entries of one queue keep their order, and `codec.carriers` says where one carrier ends. The id of a carrier
-    depends on what it holds, so the same entries again are the same message.
+    depends on what it holds, so the same entries again are the same message. Raises MessagingFailureError for an entry
+    of a version that is not known here.
     """
     queues: dict[str, list[Entry]] = {}
     for entry in entries:
-        queues.setdefault(_queue_of(entry, partitions), []).append(entry)
+        queues.setdefault(_queue_of(entry, layouts), []).append(entry)
     return [
         Message(
             exchange=WORK,
@@ -74,33 +78,35 @@ def stage_messages(entries: Iterable[Entry], partitions: int) -> list[Message]:
     ]
 
 
-def ladder_message(entry: Entry, delay_ms: int, partitions: int) -> Message:
+def ladder_message(entry: Entry, delay_ms: int, layouts: RunningLayouts) -> Message:
     """A carrier of one entry that comes back to its stage after at least `delay_ms` (30 s at most)."""
     rung = first_rung(delay_ms)
     return Message(
-        exchange=rung_exchange(rung),
-        routing_key=_queue_of(entry, partitions),
+        exchange=rung_exchange(rung, entry.header.topology),
+        routing_key=_queue_of(entry, layouts),
         body=encode_carrier((entry,)),
         message_id=f"{entry.message_id}:{rung}",
         headers={CARRIER_HEADER: 1},
     )
 
 
-def audit_message(records: Sequence[AuditRecord], partitions: int) -> list[Message]:
-    """Carriers of audit records, grouped by partition, in order; records without a tenant go to partition 0."""
-    groups: dict[int, list[Entry]] = {}
+def audit_message(records: Sequence[AuditRecord], layouts: RunningLayouts) -> list[Message]:
+    """Carriers of audit records, grouped by partition, in order; records without a tenant go to partition 0.
+
+    Always on the newest version, whichever their entries are on: the chain knows a record by its id, and no order.
+    """
+    layout, groups = layouts.newest, dict[str, list[Entry]]()
     for record in records:
-        partition = record.scope.partition(partitions) if record.scope else 0
-        groups.setdefault(partition, []).append(entry_of_record(record))
+        groups.setdefault(layout.audit_queue(record.scope), []).append(entry_of_record(record))
     return [
         Message(
             exchange=WORK,
-            routing_key=audit_queue(partition),
+            routing_key=queue,
             body=encode_carrier(group),
             message_id=_hash(*(entry.header.digest for entry in group)),
             headers={CARRIER_HEADER: len(group)},
         )
-        for partition, entries in groups.items()
+        for queue, entries in groups.items()
         for group in carriers(entries)
     ]
 
@@ -160,12 +166,12 @@ def parked_message(letter: DeadLetter, source: str) -> Message:
 _PROBE_HEADER = "x-riskfleet-probe"
 
 
-def probe_message(partition: int, sent_at: str) -> Message:
+def probe_message(partition: int, sent_at: str, version: str = VERSION) -> Message:
     """A message that holds nothing, and goes through every queue of a partition behind what is there already.
 
     `sent_at` is the time (RFC 3339) that it is known by once it has come through.
     """
-    return _probe(stage_queue(STAGES[0], partition), sent_at)
+    return _probe(stage_queue(STAGES[0], partition, version), sent_at)
 
 
 def probe_of(delivery: Delivery) -> str | None:
@@ -176,9 +182,10 @@ def probe_of(delivery: Delivery) -> str | None:
 
 def next_probe(stage: Stage, delivery: Delivery, sent_at: str) -> Message:
     """The same probe on its way from a stage to the queue behind it: the next stage's, or the audit's."""
-    partition = partition_of(delivery.queue)
+    partition, version = partition_of(delivery.queue), version_of(delivery.queue)
     behind = STAGES[STAGES.index(stage) + 1 :]
-    return _probe(stage_queue(behind[0], partition) if behind else audit_queue(partition), sent_at)
+    after = stage_queue(behind[0], partition, version) if behind else audit_queue(partition, version)
+    return _probe(after, sent_at)
 
 
 def _probe(queue: str, sent_at: str) -> Message:
@@ -273,8 +280,8 @@ def label_from(body: bytes) -> Label:
         raise UndecodableEntryError("a label's message cannot be read") from error
 
 
-def _queue_of(entry: Entry, partitions: int) -> str:
-    return stage_queue(entry.header.stage, entry.header.scope.partition(partitions))
+def _queue_of(entry: Entry, layouts: RunningLayouts) -> str:
+    return layouts.of(entry.header.topology).stage_queue(entry.header.stage, entry.header.scope)
 
 
 def _hash(*parts: str) -> str:

@@ -1,14 +1,21 @@
 """The AMQP topology as data: `riskfleet topology apply` makes it, `check` compares, workers only look.
 
 The version is in queue names and never in keys, so that another number of partitions can run beside
-this one. Limits, TTLs and dead-letter targets are policies, since arguments cannot be changed.
+this one. A `Layout` is one version: its stage, audit and ladder queues. What depends on no number of partitions
+(doors, parked, labels, delivery, metrics) is there once, under the names of the first version. Limits, TTLs and
+dead-letter targets are policies, since arguments cannot be changed; they hold for every version.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final, Protocol
+
+from contracts.failures import MessagingFailureError
+from contracts.tenancy import TenantScope
 
 VERSION = "v1"
 INGEST = "risk.ingest"
@@ -52,14 +59,19 @@ def partition_of(queue: str) -> int:
     return int(queue.rpartition(".p")[2])
 
 
+def version_of(queue: str) -> str:
+    """The version in the name of a stage's or audit queue."""
+    return queue.split(".", 2)[1]
+
+
 def audit_queue(partition: int, version: str = VERSION) -> str:
     """The audit queue of a partition."""
     return f"risk.{version}.audit.p{partition:02d}"
 
 
-def rung_exchange(delay: str) -> str:
+def rung_exchange(delay: str, version: str = VERSION) -> str:
     """The exchange in front of a rung: publish to it with the *target queue* as routing key."""
-    return f"risk.{VERSION}.retry.{delay}"
+    return f"risk.{version}.retry.{delay}"
 
 
 def rung_queue(delay: str, version: str = VERSION) -> str:
@@ -73,9 +85,9 @@ def delivery_rung(at_least_ms: int) -> str:
     return f"{DELIVERY_QUEUE}.{name}"
 
 
-def parked_queue(source: str, version: str = VERSION) -> str:
+def parked_queue(source: str) -> str:
     """Dead letters of a stage on their way to the table `dead_letters`."""
-    return f"risk.{version}.parked.{source}"
+    return f"risk.{VERSION}.parked.{source}"
 
 
 def reply_queue(boot: str) -> str:
@@ -144,14 +156,139 @@ def tenant_ingest(tenant_queue: str, tenant_id: str) -> Topology:
     return Topology((), (Queue(tenant_queue),), (Binding(INGEST, tenant_queue, f"{tenant_id}.#"),), ())
 
 
+_VERSION: Final = re.compile(r"v([1-9][0-9]{0,3})")
+_ANY: Final = r"^risk\.v[0-9]+"
+
+
+def is_version(name: str) -> bool:
+    """Whether it could be a topology version: v1, v2, …"""
+    return _VERSION.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One version of the topology and its number of partitions.
+
+    Raises ValueError for a version that is not `v` and a number, or no partitions.
+    """
+
+    version: str
+    partitions: int
+
+    def __post_init__(self) -> None:
+        if not is_version(self.version):
+            raise ValueError("a topology version is v1, v2, …")
+        if not 1 <= self.partitions <= 100:
+            raise ValueError("a layout has 1 to 100 partitions: their queues are named p00 to p99")
+
+    @property
+    def number(self) -> int:
+        """The number in the version: v2 comes after v1, and v10 after v9."""
+        return int(self.version[1:])
+
+    def partition(self, scope: TenantScope | None) -> int:
+        """The partition of a tenant; what belongs to no tenant goes to partition 0."""
+        return scope.partition(self.partitions) if scope else 0
+
+    def stage_queue(self, stage: str, scope: TenantScope) -> str:
+        """The queue of a stage that carries a tenant's entries of this version."""
+        return stage_queue(stage, self.partition(scope), self.version)
+
+    def audit_queue(self, scope: TenantScope | None) -> str:
+        """The queue of a tenant's audit records; those of no tenant go to partition 0."""
+        return audit_queue(self.partition(scope), self.version)
+
+    def stage_queues(self, stage: str) -> tuple[str, ...]:
+        """Every queue of a stage."""
+        return tuple(stage_queue(stage, p, self.version) for p in range(self.partitions))
+
+    def audit_queues(self) -> tuple[str, ...]:
+        """Every audit queue."""
+        return tuple(audit_queue(p, self.version) for p in range(self.partitions))
+
+    def work_queues(self) -> tuple[str, ...]:
+        """Every queue of this version: stages, audit and ladder. They go with it, so they must be empty before."""
+        return (
+            *(queue for stage in STAGES for queue in self.stage_queues(stage)),
+            *self.audit_queues(),
+            *(rung_queue(name, self.version) for name, _ in RUNGS),
+        )
+
+
+class RunningLayouts(Protocol):
+    """The versions that run, as whoever publishes has to know them; what it says may change between two calls."""
+
+    @property
+    def running(self) -> tuple[Layout, ...]:
+        """Oldest first: what is consumed."""
+        ...
+
+    @property
+    def newest(self) -> Layout:
+        """Where new entries and all audit records go."""
+        ...
+
+    def of(self, version: str) -> Layout:
+        """The layout on which an entry stays. Raises MessagingFailureError for one that is not known here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """The versions that run, oldest first; `filling`: the one that takes new entries, without it the last.
+
+    Raises ValueError for none, a repeated one, another order, or a filling version that does not run.
+    """
+
+    running: tuple[Layout, ...]
+    filling: str | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [layout.number for layout in self.running]
+        if not numbers or numbers != sorted(set(numbers)):
+            raise ValueError("at least one layout runs; each version is there once, oldest first")
+        if self.filling is not None and self.filling not in [layout.version for layout in self.running]:
+            raise ValueError("the filling version does not run")
+
+    @classmethod
+    def first(cls, partitions: int) -> Layouts:
+        """The first version alone: what runs as long as nobody has changed the number of partitions."""
+        return cls((Layout(VERSION, partitions),))
+
+    @property
+    def newest(self) -> Layout:
+        """Where new entries and all audit records go: not yet the last one while nobody consumes it."""
+        return self.running[-1] if self.filling is None else self.of(self.filling)
+
+    @property
+    def old(self) -> tuple[Layout, ...]:
+        """The versions that drain."""
+        return tuple(layout for layout in self.running if layout.number < self.newest.number)
+
+    def of(self, version: str) -> Layout:
+        """The layout on which an entry of a version stays.
+
+        Raises MessagingFailureError for a version that is not known here: sent elsewhere, its entry could meet itself.
+        """
+        found = next((layout for layout in self.running if layout.version == version), None)
+        if found is None:
+            raise MessagingFailureError(
+                f"topology {version} is not known here; the entry waits: is it in 'riskfleet topology check'?"
+            )
+        return found
+
+
 def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
     """The whole topology for a number of partitions; `queue_bytes` limits each stage queue (bytes)."""
-    parts = range(partitions)
-    stage_queues = [stage_queue(stage, p) for stage in STAGES for p in parts]
-    audit_queues = [audit_queue(p) for p in parts]
-    work = (*stage_queues, *audit_queues)
+    return topology_of(Layouts.first(partitions).running, queue_bytes=queue_bytes)
+
+
+def topology_of(layouts: Sequence[Layout], *, queue_bytes: int = 1 << 30) -> Topology:
+    """The whole topology in which these versions run; `queue_bytes` limits each stage queue (bytes)."""
+    stage_queues = [queue for layout in layouts for stage in STAGES for queue in layout.stage_queues(stage)]
+    work = [*stage_queues, *(queue for layout in layouts for queue in layout.audit_queues())]
     parked = [parked_queue(source) for source in PARKED_SOURCES]
-    rungs = [(rung_exchange(name), rung_queue(name), ttl) for name, ttl in RUNGS]
+    rungs = [(rung_exchange(name, v.version), rung_queue(name, v.version)) for v in layouts for name, _ in RUNGS]
     deliveries = (DELIVERY_QUEUE, *(delivery_rung(ttl) for _, ttl in DELIVERY_RUNGS))
     return Topology(
         exchanges=(
@@ -160,12 +297,12 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
             Exchange(DECISIONS, "topic"),
             Exchange(REJECTED, "topic"),
             Exchange(WORK, "direct"),
-            *(Exchange(exchange, "topic") for exchange, _, _ in rungs),
+            *(Exchange(exchange, "topic") for exchange, _ in rungs),
         ),
         queues=(
             *(Queue(name) for name in work),
             *(Queue(name) for name in parked),
-            *(Queue(queue) for _, queue, _ in rungs),
+            *(Queue(queue) for _, queue in rungs),
             Queue(METRICS_QUEUE, "classic"),
             Queue(LABELS_QUEUE),
             *(Queue(name) for name in deliveries),
@@ -173,32 +310,31 @@ def topology(partitions: int, *, queue_bytes: int = 1 << 30) -> Topology:
         ),
         bindings=(
             *(Binding(WORK, name, name) for name in (*work, *parked, METRICS_QUEUE, LABELS_QUEUE, *deliveries)),
-            *(Binding(exchange, queue, "#") for exchange, queue, _ in rungs),
+            *(Binding(exchange, queue, "#") for exchange, queue in rungs),
             Binding(UNROUTED, UNROUTED, ""),
         ),
-        policies=(
-            *(
-                Policy(f"rf-{stage}", rf"^risk\.{VERSION}\.{stage}\.", _netted(queue_bytes, stage, 20))
-                for stage in STAGES
-            ),
-            Policy("rf-audit", rf"^risk\.{VERSION}\.audit\.", _netted(queue_bytes, "audit", 20)),
-            *(
-                Policy(f"rf-retry-{name}", rf"^risk\.{VERSION}\.retry\.{name}$", _rung(ttl, queue_bytes))
-                for name, ttl in RUNGS
-            ),
-            Policy("rf-labels", rf"^risk\.{VERSION}\.labels$", _netted(queue_bytes // 4, "labels", 20)),
-            # Nothing is dead-lettered from here: a decision stands in PostgreSQL, and the feed has it.
-            Policy("rf-delivery", rf"^risk\.{VERSION}\.delivery$", _bounded(queue_bytes // 4)),
-            *(
-                Policy(f"rf-delivery-{name}", rf"^risk\.{VERSION}\.delivery\.{name}$", _round(ttl, queue_bytes // 4))
-                for name, ttl in DELIVERY_RUNGS
-            ),
-            Policy("rf-parked", rf"^risk\.{VERSION}\.parked\.", {"overflow": "reject-publish"}),
-            Policy("rf-metrics", rf"^risk\.{VERSION}\.metrics$", {"max-length": 100_000, "overflow": "drop-head"}),
-            # The ingress parks by itself after 20 deliveries; the broker's limit stands behind that.
-            Policy("rf-ingest", r"^risk\.ingest\.", _netted(queue_bytes // 4, "ingress", 40)),
-            Policy("rf-upstream", r"^up\.", {"max-length-bytes": queue_bytes // 4, "overflow": "drop-head"}),
+        policies=_policies(queue_bytes),
+    )
+
+
+def _policies(queue_bytes: int) -> tuple[Policy, ...]:
+    """One set for every version, so that a new one is limited before its first message."""
+    return (
+        *(Policy(f"rf-{stage}", rf"{_ANY}\.{stage}\.", _netted(queue_bytes, stage, 20)) for stage in STAGES),
+        Policy("rf-audit", rf"{_ANY}\.audit\.", _netted(queue_bytes, "audit", 20)),
+        *(Policy(f"rf-retry-{name}", rf"{_ANY}\.retry\.{name}$", _rung(ttl, queue_bytes)) for name, ttl in RUNGS),
+        Policy("rf-labels", rf"^risk\.{VERSION}\.labels$", _netted(queue_bytes // 4, "labels", 20)),
+        # Nothing is dead-lettered from here: a decision stands in PostgreSQL, and the feed has it.
+        Policy("rf-delivery", rf"^risk\.{VERSION}\.delivery$", _bounded(queue_bytes // 4)),
+        *(
+            Policy(f"rf-delivery-{name}", rf"^risk\.{VERSION}\.delivery\.{name}$", _round(ttl, queue_bytes // 4))
+            for name, ttl in DELIVERY_RUNGS
         ),
+        Policy("rf-parked", rf"^risk\.{VERSION}\.parked\.", {"overflow": "reject-publish"}),
+        Policy("rf-metrics", rf"^risk\.{VERSION}\.metrics$", {"max-length": 100_000, "overflow": "drop-head"}),
+        # The ingress parks by itself after 20 deliveries; the broker's limit stands behind that.
+        Policy("rf-ingest", r"^risk\.ingest\.", _netted(queue_bytes // 4, "ingress", 40)),
+        Policy("rf-upstream", r"^up\.", {"max-length-bytes": queue_bytes // 4, "overflow": "drop-head"}),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from contracts.failures import InfrastructureError
-from contracts.topology import STAGES, Stage, stage_queue
+from contracts.topology import STAGES, Stage
 from deploy import keys
 from deploy.settings import Settings
 from deploy.stopping import stop_signal
@@ -61,13 +61,12 @@ class Autoscaler:
 
     async def look(self) -> None:
         """One look at every stage. Raises InfrastructureError when a server does not answer."""
-        partitions = self._kit.settings.partitions
         scopes = [profile.scope for profile in await self._directory.tenants()]
         now = self._kit.clock.now()
         counted = await self._kit.state_store.backlog(scopes, now)
         whole = []
         for stage, backlog in zip(STAGES, counted, strict=True):
-            load = await self._management.loads([stage_queue(stage, p) for p in range(partitions)])
+            load = await self._management.loads(self._queues(stage))
             watched = self._watched[stage]
             learnt = watched.before.events_per_message if watched.before else 1.0
             seen = Sighting(now, backlog, load.messages, load.consumers, learnt)
@@ -77,9 +76,12 @@ class Autoscaler:
             watched.before = replace(seen, events_per_message=carried(seen))
         await self._kit.state_store.trust(whole)
 
+    def _queues(self, stage: Stage) -> list[str]:
+        return [queue for layout in self._kit.layouts.running for queue in layout.stage_queues(stage)]
+
     def _decide(self, stage: Stage, watched: _Watched, seen: Sighting) -> None:
         current = watched.desired or max(seen.workers, self.policy.minimum)
-        snapshot = snapshot_between(stage, watched.before, seen, current, self._kit.settings.partitions)
+        snapshot = snapshot_between(stage, watched.before, seen, current, self._kit.layouts.newest.partitions)
         decision = evaluate(snapshot, self.policy, watched.state, seen.as_of)
         watched.state, watched.desired = decision.state, decision.desired
         if decision.action is not Action.NO_ACTION:

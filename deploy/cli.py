@@ -21,8 +21,8 @@ from rich.table import Table
 
 from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
-from contracts.topology import Stage, topology
-from deploy import cli_bench, cli_people, keys, local, logs, provision, role, settings, submit
+from contracts.topology import Stage
+from deploy import cli_bench, cli_people, keys, local, logs, provision, relayout, role, settings, submit
 from deploy import doctor as doctor_checks
 from deploy.cli_approvals import approvals_app
 from deploy.cli_dlq import dlq_app
@@ -35,7 +35,7 @@ from governance.audit import AuditReport
 from governance.postgres import engine as pg
 from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.directory import tenant_ids
-from resilience.management import BrokerManagement
+from governance.postgres.layouts import LEAD_S
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Real-time risk and compliance decisions.")
 topology_app = typer.Typer(no_args_is_help=True, help="The AMQP topology: exchanges, queues, bindings, policies.")
@@ -169,10 +169,29 @@ def sink(kind: Sink, health_port: HealthPort = None) -> None:
 
 
 @topology_app.command("apply")
-def topology_apply() -> None:
+def topology_apply(
+    partitions: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Another number of queues per stage: a new version of them.")
+    ] = None,
+) -> None:
     """Make every exchange, queue, binding and policy; existing ones stay."""
-    count = asyncio.run(provision.apply_topology(_found_settings()))
+    loaded = _found_settings()
+    count = asyncio.run(provision.apply_topology(loaded))
     console.print(f"topology applied: {count} things asserted")
+    if partitions is not None:
+        layout = asyncio.run(relayout.change(loaded, partitions))
+        console.print(
+            f"{layout.version} with {layout.partitions} partitions takes new entries (a new version from {LEAD_S} s on)"
+        )
+
+
+@topology_app.command("retire")
+def topology_retire(
+    version: Annotated[str, typer.Argument(help="An old version, such as v1.")],
+    wait: Annotated[float, typer.Option(min=60, help="Seconds to wait until it was empty for a minute.")] = 120.0,
+) -> None:
+    """Remove an old version's queues, once they were empty for a minute and nobody consumes them."""
+    asyncio.run(relayout.retire(_found_settings(), version, wait, SystemClock(), console.print))
 
 
 @topology_app.command("check")
@@ -180,17 +199,14 @@ def topology_check(as_json: AsJson = False) -> None:
     """Compare the broker with what this release wants."""
     loaded = _found_settings()
 
-    async def look() -> list[str]:
-        management = BrokerManagement(loaded.need("rabbitmq_management_url"))
-        try:
-            return await management.differences(topology(loaded.partitions))
-        finally:
-            await management.close()
-
-    differences = asyncio.run(look())
+    report = asyncio.run(relayout.examine(loaded))
+    differences = report.differences
     if as_json:
-        _print_json({"differences": differences})
+        _print_json(asdict(report))
     else:
+        for one in report.versions:
+            line = f"{one.version}: {one.partitions} partitions, {one.state}, {one.left} messages left"
+            console.print(line, highlight=False)
         console.print("\n".join(differences) or "the topology is as this release wants it", highlight=False)
         note = "not readable from here: advanced.config must hold dead_letter_worker_publisher_confirm_timeout, 3000"
         console.print(note, style="dim", highlight=False)

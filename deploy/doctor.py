@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from contracts.failures import InfrastructureError, MessagingFailureError
 from contracts.ports import Confirm, Delivery, Message
 from contracts.settlement import Ack, Settlement
-from contracts.topology import topology
+from contracts.topology import topology_of
+from deploy.relayout import opened
 from deploy.runtime import RandomIds
 from deploy.settings import Settings
 from deploy.wiring import check_eviction
@@ -108,11 +109,9 @@ async def _rabbit(settings: Settings) -> str:
 
 
 async def _topology(settings: Settings) -> str:
-    management = BrokerManagement(settings.need("rabbitmq_management_url"))
-    try:
-        differences = await management.differences(topology(settings.partitions))
-    finally:
-        await management.close()
+    async with opened(settings) as (management, layouts):
+        differences = await management.differences(topology_of(layouts.running))
+        running = ", ".join(f"{layout.version} with {layout.partitions} partitions" for layout in layouts.running)
     if differences:
         raise MessagingFailureError(f"{len(differences)} differences, run 'riskfleet topology apply': {differences[0]}")
-    return f"as wanted, {settings.partitions} partitions"
+    return f"as wanted, {running}"

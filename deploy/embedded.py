@@ -24,9 +24,8 @@ from contracts.topology import (
     PARKED_SOURCES,
     STAGES,
     UNROUTED,
-    audit_queue,
+    Layouts,
     parked_queue,
-    stage_queue,
     tenant_ingest,
     topology,
 )
@@ -129,8 +128,8 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
     """Start every role in this process; stops them in the fleet's order: doors, stages, sinks."""
     clock, ids = SystemClock(), RandomIds()
     boot = new_boot_id(ids.token())
-    partitions = settings.partitions
-    broker = MemoryBroker(topology(partitions), clock)
+    layouts = Layouts.first(settings.partitions)
+    broker = MemoryBroker(topology(settings.partitions), clock)
     await broker.apply(tenant_ingest(TENANT.ingest_queue, TENANT.tenant_id))
     database = MemoryDatabase(clock)
     directory, ledger, registry = MemoryDirectory(database), MemoryLedger(database), MemoryRegistry(database)
@@ -143,8 +142,8 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
         MemoryRedis(clock), boot, StatePolicy(settings.lease_ms, settings.state_ttl, settings.tombstone_ttl)
     )
     telemetry = QueueTelemetry(publisher, ids)
-    refusals = RefusalLog(RefusalCounter(RefusalPolicy(boot)), publisher, telemetry, clock, partitions)
-    intake = Intake(IntakePorts(store, publisher, ledger, telemetry, clock, ids), refusals, partitions)
+    refusals = RefusalLog(RefusalCounter(RefusalPolicy(boot)), publisher, telemetry, clock, layouts)
+    intake = Intake(IntakePorts(store, publisher, ledger, telemetry, clock, ids), refusals, layouts)
     stage_ports = StagePorts(ledger, registry)
     replies, stopping, measured = MemoryReplies(broker, boot), asyncio.Event(), CollectorRegistry()
     runner_ports = RunnerPorts(store, ledger, publisher, stage_ports, telemetry, clock, ids)
@@ -165,14 +164,14 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
     ]
     stages = [
         consumer(
-            [stage_queue(stage, p) for p in range(partitions)],
-            StageRunner(stage, runner_ports, partitions, runner_policy).handle,
+            layouts.newest.stage_queues(stage),
+            StageRunner(stage, runner_ports, layouts, runner_policy).handle,
         )
         for stage in STAGES
     ]
     sinks = [
         consumer(queues, handler, _SINK)
-        for queues, handler in _sink_handlers(database, publisher, telemetry, clock, measured, partitions)
+        for queues, handler in _sink_handlers(database, publisher, telemetry, clock, measured, layouts)
     ]
 
     async def check() -> HealthReport:
@@ -191,7 +190,7 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
         waiting=Waiting(replies, ledger, clock, stopping=stopping),
     )
     door = HealthDoor(settings.environment, settings.version, check, measured)
-    app = create_app(intake, ports, refusals, door, partitions=partitions)
+    app = create_app(intake, ports, refusals, door, layouts=layouts)
     ticking = asyncio.create_task(broker.run(), name="embedded-broker")
     flushing = asyncio.create_task(refusals.run(asyncio.Event()), name="embedded-refusals")
     try:
@@ -221,11 +220,11 @@ def _sink_handlers(
     telemetry: Telemetry,
     clock: Clock,
     measured: CollectorRegistry,
-    partitions: int,
-) -> list[tuple[list[str], Handler]]:
+    layouts: Layouts,
+) -> list[tuple[Sequence[str], Handler]]:
     audit, book = MemoryAuditLog(database), MemoryLabelBook(database)
     return [
-        ([audit_queue(p) for p in range(partitions)], AuditSink(audit, publisher, telemetry, clock).handle),
+        (layouts.newest.audit_queues(), AuditSink(audit, publisher, telemetry, clock).handle),
         ([parked_queue(source) for source in PARKED_SOURCES], ParkingSink(MemoryDeadLetters(database), clock).handle),
         ([LABELS_QUEUE], LabelsSink(book, publisher, telemetry, clock).handle),
         ([DELIVERY_QUEUE], DeliverySink(MemoryLedger(database), publisher, telemetry).handle),

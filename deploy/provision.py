@@ -15,8 +15,8 @@ from pathlib import Path
 
 from contracts.identity import EVERYWHERE, Grant, Role
 from contracts.tenancy import TenantScope
-from contracts.topology import topology
-from deploy import keys
+from contracts.topology import topology_of
+from deploy import keys, relayout
 from deploy.migrations.upgrade import apply as apply_migrations
 from deploy.migrations.upgrade import role_of
 from deploy.settings import Settings
@@ -85,12 +85,12 @@ async def migrate(settings: Settings) -> None:
 
 
 async def apply_topology(settings: Settings) -> int:
-    """Make the whole topology; returns the number of things asserted. Raises MessagingFailureError."""
-    management = BrokerManagement(settings.need("rabbitmq_management_url"))
-    try:
-        return await management.apply(topology(settings.partitions))
-    finally:
-        await management.close()
+    """Make the whole topology of the versions that run; returns the number of things asserted.
+
+    Raises MessagingFailureError, DatabaseError.
+    """
+    async with relayout.opened(settings) as (management, layouts):
+        return await management.apply(topology_of(layouts.running))
 
 
 async def create_upstream(settings: Settings, scope: TenantScope, name: str, pepper: bytes) -> DemoCredentials:

@@ -22,15 +22,15 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from contracts.failures import MessagingFailureError
 from contracts.ports import Confirm, Message
 from contracts.tenancy import TenantScope
-from contracts.topology import INGEST, METRICS_QUEUE, topology
+from contracts.topology import INGEST, METRICS_QUEUE, topology_of
 from deploy.provision import DemoCredentials
+from deploy.relayout import opened
 from deploy.runtime import SystemClock
 from deploy.settings import Settings
 from governance.audit import AuditReport
 from governance.postgres import engine as pg
 from governance.postgres.audit import PostgresAuditLog
 from governance.postgres.reports import Counts, Latencies, counts, latencies
-from resilience.management import BrokerManagement
 from resilience.rabbit import RabbitPublisher
 
 _CONCURRENCY = 32
@@ -187,17 +187,14 @@ async def _watch(settings: Settings, scope: TenantScope, wanted: int, show: Call
 
 async def wait_until_empty(settings: Settings, patience_s: float = 60.0) -> int:
     """Wait until every queue and rung is empty; returns the messages that were left at the deadline."""
-    names = [q.name for q in topology(settings.partitions).queues if q.name != METRICS_QUEUE]
-    management = BrokerManagement(settings.need("rabbitmq_management_url"))
     deadline = time.monotonic() + patience_s
-    try:
+    async with opened(settings) as (management, layouts):
+        names = [q.name for q in topology_of(layouts.running).queues if q.name != METRICS_QUEUE]
         while True:
             left = await management.depth(names)
             if left == 0 or time.monotonic() > deadline:
                 return left
             await asyncio.sleep(0.25)
-    finally:
-        await management.close()
 
 
 async def report(

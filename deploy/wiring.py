@@ -25,10 +25,9 @@ from contracts.topology import (
     PARKED_SOURCES,
     STAGES,
     UNROUTED,
+    Layout,
     Stage,
-    audit_queue,
     parked_queue,
-    stage_queue,
 )
 from deploy.runtime import RandomIds, SystemClock
 from deploy.settings import Settings, SettingsError
@@ -44,9 +43,13 @@ from workers.telemetry import QueueTelemetry
 if TYPE_CHECKING:
     from gateway.intake import Intake
     from governance.postgres import AsyncEngine, PostgresDirectory, PostgresLedger, PostgresRegistry
+    from governance.postgres.layouts import PostgresLayouts
     from governance.postgres.pauses import PostgresPauses
 
 log = structlog.get_logger("role")
+
+Queues = Sequence[str] | Callable[[Layout], Sequence[str]]
+"""Of a consumer: the same whatever runs, or those of every version."""
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
@@ -66,6 +69,7 @@ class Kit:
     publisher: RabbitPublisher
     state_store: RedisStateStore
     telemetry: QueueTelemetry
+    layouts: PostgresLayouts
 
     async def read(self) -> Readings:
         """Whether each server answers now, and in what time (s); all three at once."""
@@ -95,6 +99,8 @@ class Kit:
 @asynccontextmanager
 async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
     """Connect to the three servers; refuses unsafe ones. Raises an InfrastructureError that says what to do."""
+    from governance.postgres.layouts import PostgresLayouts
+
     ids, clock = RandomIds(), SystemClock()
     boot = new_boot_id(ids.token())
     engine = pg.create_engine(settings.need("database_url"), application_name=f"riskfleet-{role}")
@@ -104,12 +110,14 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
         settings.need("rabbitmq_url"), timeout_s=settings.publish_timeout_s, name=f"riskfleet-{role}"
     )
     telemetry = QueueTelemetry(publisher, ids)
+    layouts = PostgresLayouts(engine, settings.partitions)
     try:
         await pg.check_settings(engine)
+        await layouts.refresh()
         await check_eviction(state_store)
         await publisher.start()
         await telemetry.start()
-        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry)
+        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry, layouts)
         # Last measurements need the publisher; the publisher outlives everything that publishes.
         await telemetry.stop()
     finally:
@@ -174,9 +182,9 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
             gate,
         )
         policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
-        runner = StageRunner(stage, ports, settings.partitions, policy)
-        queues = [stage_queue(stage, p) for p in range(settings.partitions)]
-        await _consume(k, stage, [(queues, gate.through(runner.handle))], gate=gate.check)
+        runner = StageRunner(stage, ports, k.layouts, policy)
+        parts = [(lambda layout: layout.stage_queues(stage), gate.through(runner.handle))]
+        await _consume(k, stage, parts, gate=gate.check)
 
 
 def registry(k: Kit) -> PostgresRegistry:
@@ -191,7 +199,7 @@ def pauses(k: Kit) -> PostgresPauses:
     """What is paused, as this process reads it."""
     from governance.postgres.pauses import PostgresPauses
 
-    return PostgresPauses(k.engine, k.clock, k.settings.partitions)
+    return PostgresPauses(k.engine, k.clock, k.layouts)
 
 
 async def run_sink(settings: Settings, sink: str) -> None:
@@ -206,8 +214,8 @@ async def run_sink(settings: Settings, sink: str) -> None:
             from governance.postgres.audit import PostgresAuditLog
             from workers.sinks.audit import AuditSink
 
-            queues = [audit_queue(p) for p in range(settings.partitions)]
-            parts = [(queues, AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock).handle)]
+            audit = AuditSink(PostgresAuditLog(k.engine, k.clock), k.publisher, k.telemetry, k.clock)
+            parts: list[tuple[Queues, Handler]] = [(Layout.audit_queues, audit.handle)]
         elif sink == "parking":
             from governance.postgres.deadletters import PostgresDeadLetters
             from governance.postgres.labels import PostgresLabelBook
@@ -264,7 +272,7 @@ async def run_gateway(settings: Settings) -> None:
                 pauses=pauses(k),
             )
             door = health_door(k, CollectorRegistry(), lambda: None)
-            app = create_app(intake, ports, refusals, door, partitions=settings.partitions)
+            app = create_app(intake, ports, refusals, door, layouts=k.layouts)
             async with background(k, stop, refusals.run(asyncio.Event())):
                 await serve(app, settings.http_host, settings.http_port, stop=stop)
         await refusals.flush(final=True)
@@ -308,9 +316,9 @@ def _doors(k: Kit, ledger: PostgresLedger, directory: PostgresDirectory) -> tupl
     from gateway.intake import Intake, IntakePorts
 
     counter = RefusalCounter(RefusalPolicy(k.boot))
-    refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.settings.partitions)
+    refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.layouts)
     ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids, directory)
-    return refusals, Intake(ports, refusals, k.settings.partitions)
+    return refusals, Intake(ports, refusals, k.layouts)
 
 
 async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory, standing: PostgresPauses) -> None:
@@ -334,10 +342,30 @@ def _consumer(
     return RabbitConsumer(k.settings.need("rabbitmq_url"), queues, handler, probe or k.probe, policy)
 
 
+async def _follow(k: Kit, consumers: Sequence[tuple[RabbitConsumer, Queues]]) -> None:
+    """Take up the queues of versions that are new, and leave those of retired ones, within seconds."""
+    while True:
+        await asyncio.sleep(_DISCOVERY_S)
+        for consumer, queues in consumers:
+            wanted = _wanted(k, queues)
+            with contextlib.suppress(InfrastructureError):
+                for queue in wanted:
+                    await consumer.add_queue(queue)
+                for queue in set(consumer.queues) - set(wanted):
+                    await consumer.drop_queue(queue)
+
+
+def _wanted(k: Kit, queues: Queues) -> list[str]:
+    """What a role consumes now, the oldest version first, so that it drains."""
+    if callable(queues):
+        return [queue for layout in k.layouts.running for queue in queues(layout)]
+    return list(queues)
+
+
 async def _consume(
     k: Kit,
     role: str,
-    parts: Sequence[tuple[Sequence[str], Handler]],
+    parts: Sequence[tuple[Queues, Handler]],
     measured: CollectorRegistry | None = None,
     gate: Probe | None = None,
 ) -> None:
@@ -353,12 +381,13 @@ async def _consume(
 
     await k.state_store.beat()
     sink = ConsumerPolicy(_SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S) if role.startswith("sink-") else None
-    consumers = [_consumer(k, queues, handler, sink, probe) for queues, handler in parts]
+    followed = [(_consumer(k, _wanted(k, queues), handler, sink, probe), queues) for queues, handler in parts]
+    consumers = [consumer for consumer, _ in followed]
     stop = stop_signal()
     for consumer in consumers:
         await consumer.start()
-    log.info("role.ready", role=role, count=sum(len(queues) for queues, _ in parts))
-    async with background(k, stop, *(consumer.join() for consumer in consumers)):
+    log.info("role.ready", role=role, count=sum(len(consumer.queues) for consumer in consumers))
+    async with background(k, stop, _follow(k, followed), *(consumer.join() for consumer in consumers)):
 
         def paused() -> str | None:
             return next((consumer.paused_reason for consumer in consumers if consumer.paused_reason), None)
@@ -398,7 +427,7 @@ def health_door(
 @asynccontextmanager
 async def background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> AsyncIterator[None]:
     """The heartbeat and other endless work beside a role; a task that dies stops the role, loudly."""
-    tasks = [asyncio.ensure_future(item) for item in (_beat_forever(k), *work)]
+    tasks = [asyncio.ensure_future(item) for item in (_beat_forever(k), _read_layouts(k), *work)]
     for task in tasks:
         task.add_done_callback(lambda t: None if t.cancelled() else stop.set())
     try:
@@ -410,6 +439,13 @@ async def background(k: Kit, stop: asyncio.Event, *work: Awaitable[None]) -> Asy
     for result in results:
         if isinstance(result, Exception):
             raise result
+
+
+async def _read_layouts(k: Kit) -> None:
+    while True:
+        await asyncio.sleep(_DISCOVERY_S)
+        with contextlib.suppress(InfrastructureError):
+            await k.layouts.refresh()
 
 
 async def _beat_forever(k: Kit) -> None:

@@ -21,6 +21,7 @@ from contracts.labels import LabelBody
 from contracts.messages import JSON
 from contracts.outcomes import Decision
 from contracts.ports import Credentials, DecisionFeed, Directory, Ids, Ledger, Pauses, Simulator, StateStore
+from contracts.topology import Layouts, RunningLayouts
 from gateway.calls import Answer, Call, Parameter, Schema, openapi, routes
 from gateway.cloudevents import BATCH, STRUCTURED
 from gateway.documents import API_VERSION, document_bytes, document_calls
@@ -69,14 +70,14 @@ class HttpPorts:
 
 
 def create_app(
-    intake: Intake, ports: HttpPorts, refusals: RefusalLog, health: HealthDoor, *, partitions: int
+    intake: Intake, ports: HttpPorts, refusals: RefusalLog, health: HealthDoor, *, layouts: RunningLayouts
 ) -> Starlette:
     """The gateway's ASGI application; nothing is connected or started by building it."""
-    return application(routes(ingest_calls(intake, ports, refusals, health, partitions=partitions)), ports.ids)
+    return application(routes(ingest_calls(intake, ports, refusals, health, layouts=layouts)), ports.ids)
 
 
 def ingest_calls(
-    intake: Intake, ports: HttpPorts, refusals: RefusalLog, health: HealthDoor, *, partitions: int
+    intake: Intake, ports: HttpPorts, refusals: RefusalLog, health: HealthDoor, *, layouts: RunningLayouts
 ) -> tuple[Call, ...]:
     """Every call that these parts make possible, the documents of these very calls included."""
     submitting = Submitting(
@@ -85,7 +86,7 @@ def ingest_calls(
         refusals,
     )
     reading = Reading(
-        ReadingPorts(ports.credentials, ports.directory, ports.ledger, ports.state_store, ports.feed), partitions
+        ReadingPorts(ports.credentials, ports.directory, ports.ledger, ports.state_store, ports.feed), layouts
     )
     calls = [*_submissions(submitting, waits=ports.waiting is not None)]
     if ports.simulator is not None:
@@ -110,7 +111,7 @@ def openapi_document() -> bytes:
     absent: Any = None
     present: Any = object()
     ports = HttpPorts(present, present, present, present, present, present, present, present, present)
-    return openapi_bytes(ingest_calls(absent, ports, absent, absent, partitions=1))
+    return openapi_bytes(ingest_calls(absent, ports, absent, absent, layouts=Layouts.first(1)))
 
 
 _KEY: Final = Parameter(

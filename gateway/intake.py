@@ -64,7 +64,7 @@ from contracts.telemetry import (
     current_correlation,
 )
 from contracts.tenancy import TenantScope
-from contracts.topology import Stage
+from contracts.topology import RunningLayouts, Stage
 from gateway.cloudevents import Envelope, from_headers, from_structured
 from gateway.gathering import Gathered
 from gateway.parsing import parse_json
@@ -175,12 +175,12 @@ def correlation_of(correlation_id: str | None, traceparent: str | None, ids: Ids
 class Intake:
     """`admit` for both doors."""
 
-    def __init__(self, ports: IntakePorts, refusals: RefusalLog, partitions: int) -> None:
+    def __init__(self, ports: IntakePorts, refusals: RefusalLog, layouts: RunningLayouts) -> None:
         self._ports = ports
         self._refusals = refusals
-        self._partitions = partitions
-        # By partition: a queue that does not answer must not hold up the others.
-        self._publishing: dict[int, Gathered[Entry, Confirm]] = {}
+        self._layouts = layouts
+        # By queue: one that does not answer must not hold up the others.
+        self._publishing: dict[str, Gathered[Entry, Confirm]] = {}
         self._reservations: Gathered[Entry, Reservation] = Gathered(self._reserve)
         self._profiles: Sequence[TenantProfile] = ()
         self._limits: dict[TenantScope, TenantLimits] = {}
@@ -343,7 +343,7 @@ class Intake:
         if reservation.stored is not None and reservation.stored != entry.body:
             # The reservation is version 0: its bytes go out again, not those that this repeat would make.
             entry = entry_of(state_from_bytes(reservation.stored), Stage.RETRIEVAL, submission.reply_to)
-        await self._publish(entry)
+        await self._publish(entry.evolve(topology=self._layouts.newest.version))
         return admission
 
     async def _repeat(self, scope: TenantScope, body_digest: str, admission: Admission) -> Admission:
@@ -355,7 +355,7 @@ class Intake:
         return replace(admission, status=STATUS_OF[Outcome(row.outcome)], decision=row)
 
     async def _publish(self, entry: Entry) -> None:
-        queue = entry.header.scope.partition(self._partitions)
+        queue = self._layouts.of(entry.header.topology).stage_queue(entry.header.stage, entry.header.scope)
         confirm = await self._publishing.setdefault(queue, Gathered(self._publish_carriers)).one(entry)
         if confirm is not Confirm.CONFIRMED:
             await self._forgo(entry)
@@ -364,7 +364,7 @@ class Intake:
 
     async def _publish_carriers(self, entries: Sequence[Entry]) -> list[Confirm]:
         """Entries of one queue, as few messages as they need; each shares its carrier's confirm."""
-        confirms = await self._ports.publisher.publish(stage_messages(entries, self._partitions))
+        confirms = await self._ports.publisher.publish(stage_messages(entries, self._layouts))
         return [confirm for group, confirm in zip(carriers(entries), confirms, strict=True) for _ in group]
 
     async def _forgo(self, entry: Entry) -> None:

@@ -25,7 +25,7 @@ from contracts.outcomes import STATUS_OF, Decision, Outcome
 from contracts.ports import Credentials, DecisionFeed, DecisionRow, Directory, Ledger, Peek, StateStore
 from contracts.state import Pins, Thresholds, TrailEntry
 from contracts.tenancy import TenantScope
-from contracts.topology import STAGES, Stage
+from contracts.topology import STAGES, RunningLayouts, Stage
 from gateway.batch import MAX_BATCH_BYTES, MAX_ITEMS
 from gateway.intake import MAX_IDENTITY
 from gateway.waiting import MAX_WAIT
@@ -110,9 +110,9 @@ class ReadingPorts:
 class Reading:
     """The endpoints that read."""
 
-    def __init__(self, ports: ReadingPorts, partitions: int) -> None:
+    def __init__(self, ports: ReadingPorts, layouts: RunningLayouts) -> None:
         self._ports = ports
-        self._partitions = partitions
+        self._layouts = layouts
 
     async def find_event(self, request: Request) -> Response:
         """GET /v1/events?id= (the sender's own id)."""
@@ -156,11 +156,12 @@ class Reading:
         profile = next((p for p in await self._ports.directory.tenants() if p.scope == scope), None)
         if profile is None:
             raise NotKnownError("the tenant was only just made or is being removed; repeat in a few seconds")
+        layout = self._layouts.newest
         view = TenantView(
             tenant_id=scope.tenant_id,
             name=profile.name,
-            partition=scope.partition(self._partitions),
-            partitions=self._partitions,
+            partition=layout.partition(scope),
+            partitions=layout.partitions,
             limits=LimitsView(
                 max_body_bytes=MAX_BODY_BYTES,
                 max_batch_bytes=MAX_BATCH_BYTES,

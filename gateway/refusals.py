@@ -24,6 +24,7 @@ from contracts.ports import Clock, Confirm, Publisher, Telemetry
 from contracts.state import AuditRecord
 from contracts.telemetry import REFUSALS, REQUESTS, Measurement
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 
 log = structlog.get_logger(__name__)
 
@@ -93,13 +94,13 @@ class RefusalLog:
     """What both doors tell about a refusal: metrics at once, the audit within a second or two."""
 
     def __init__(
-        self, counter: RefusalCounter, publisher: Publisher, telemetry: Telemetry, clock: Clock, partitions: int
+        self, counter: RefusalCounter, publisher: Publisher, telemetry: Telemetry, clock: Clock, layouts: RunningLayouts
     ) -> None:
         self._counter = counter
         self._publisher = publisher
         self._telemetry = telemetry
         self._clock = clock
-        self._partitions = partitions
+        self._layouts = layouts
         self._pending: tuple[AuditRecord, ...] = ()
         self._taken = self._through = datetime.min.replace(tzinfo=UTC)
 
@@ -130,7 +131,7 @@ class RefusalLog:
             self._pending += self._counter.take(now, final=final)
             self._taken = max(self._taken, now.replace(microsecond=0) + (_SECOND if final else timedelta()))
         taken = self._taken
-        messages = audit_message(self._pending, self._partitions)
+        messages = audit_message(self._pending, self._layouts)
         if not messages:
             self._through = taken
             return 0

@@ -34,7 +34,7 @@ from contracts.ports import Message, Redecider
 from contracts.settlement import REPLAYS_HEADER
 from contracts.state import EventState
 from contracts.tenancy import TenantScope
-from contracts.topology import LABELS_QUEUE, STAGES, WORK, audit_queue
+from contracts.topology import LABELS_QUEUE, STAGES, WORK, RunningLayouts
 from governance.audit import SYSTEM_CHAIN
 
 MAX_PAGE: Final = 200
@@ -383,12 +383,14 @@ def of_an_event(letter: Letter) -> bool:
     return letter.scope is not None and letter.stage in STAGES and letter.event_id != ""
 
 
-def judge(command: Command, letter: Letter, standing: Standing, policy: LetterPolicy, partitions: int) -> Verdict:
+def judge(
+    command: Command, letter: Letter, standing: Standing, policy: LetterPolicy, layouts: RunningLayouts
+) -> Verdict:
     """What a command does to one letter as it stands now."""
     act = _replay if command.action is Action.REPLAY else _discard
     if (settled := _settled(letter, standing)) is not None:
         return settled
-    return act(command, letter, standing, policy, partitions)
+    return act(command, letter, standing, policy, layouts)
 
 
 def _settled(letter: Letter, standing: Standing) -> Verdict | None:
@@ -406,9 +408,11 @@ def _settled(letter: Letter, standing: Standing) -> Verdict | None:
     return None
 
 
-def _replay(command: Command, letter: Letter, standing: Standing, policy: LetterPolicy, partitions: int) -> Verdict:
+def _replay(
+    command: Command, letter: Letter, standing: Standing, policy: LetterPolicy, layouts: RunningLayouts
+) -> Verdict:
     try:
-        message = resend(letter, partitions)
+        message = resend(letter, layouts)
         _check_owner(letter, standing)
     except RiskfleetError as error:
         return Verdict(letter, "refused", error.detail, letter.status)
@@ -418,8 +422,10 @@ def _replay(command: Command, letter: Letter, standing: Standing, policy: Letter
     return Verdict(letter, "replayed", f"goes to {message.routing_key}", "replayed", message)
 
 
-def _discard(command: Command, letter: Letter, standing: Standing, policy: LetterPolicy, partitions: int) -> Verdict:
-    del command, policy, partitions
+def _discard(
+    command: Command, letter: Letter, standing: Standing, policy: LetterPolicy, layouts: RunningLayouts
+) -> Verdict:
+    del command, policy, layouts
     failed = of_an_event(letter) and _owns(letter, standing)
     why = "its event has failed" if failed else "closed; no event fails with it"
     return Verdict(letter, "discarded", why, "discarded", failed=failed)
@@ -470,8 +476,8 @@ def state_of(letter: Letter) -> EventState:
     return state
 
 
-def resend(letter: Letter, partitions: int) -> Message:
-    """What a replay of a letter sends, to where the letter came from.
+def resend(letter: Letter, layouts: RunningLayouts) -> Message:
+    """What a replay of a letter sends, to the stage that the letter came from, on the newest version.
 
     Attempts begin again; the count of replays grows, so that a later park is another letter; a suspect stays one, and
     what was delivered too often becomes one, since it may have killed its holders. Raises UndecodableEntryError or
@@ -482,9 +488,10 @@ def resend(letter: Letter, partitions: int) -> Message:
     try:
         if letter.stage in STAGES:
             state_of(letter)
-            return replace(stage_message(_again(letter, count), partitions), message_id=name)
+            entry = _again(letter, count).evolve(topology=layouts.newest.version)
+            return replace(stage_message(entry, layouts), message_id=name)
         if letter.stage == "audit":
-            return _to_audit(letter, count, name, partitions)
+            return _to_audit(letter, count, name, layouts)
         if letter.stage == "labels":
             label = label_from(letter.body)
             if letter.scope not in (None, label.scope):
@@ -505,20 +512,19 @@ def _again(letter: Letter, count: int) -> Entry:
     return entry.evolve(attempts=0, first_failed_at=None, replays=count, suspect=suspect, reply_to=None)
 
 
-def _to_audit(letter: Letter, count: int, name: str, partitions: int) -> Message:
+def _to_audit(letter: Letter, count: int, name: str, layouts: RunningLayouts) -> Message:
     entry = one_entry(letter)
     record = record_of_entry(entry)
     if record.scope != letter.scope:
         raise InvalidWorkflowStateError("its record belongs to another chain than the letter")
-    partition = record.scope.partition(partitions) if record.scope else 0
     body = encode_carrier((entry.evolve(replays=count),))
-    return Message(WORK, audit_queue(partition), body, name, {CARRIER_HEADER: 1})
+    return Message(WORK, layouts.newest.audit_queue(record.scope), body, name, {CARRIER_HEADER: 1})
 
 
-def why_not(letter: Letter, partitions: int) -> str | None:
+def why_not(letter: Letter, layouts: RunningLayouts) -> str | None:
     """Why a letter cannot be sent again, whatever stands in the tables; None when it can."""
     try:
-        resend(letter, partitions)
+        resend(letter, layouts)
     except RiskfleetError as error:
         return error.detail
     return None
@@ -551,14 +557,14 @@ def acting(verdicts: Sequence[Verdict]) -> int:
 
 
 async def dry_run(
-    found: Sequence[tuple[Letter, Standing]], redecider: Redecider, policy: LetterPolicy, partitions: int
+    found: Sequence[tuple[Letter, Standing]], redecider: Redecider, policy: LetterPolicy, layouts: RunningLayouts
 ) -> DryRun:
     """What a replay of these letters would do now; sends and writes nothing.
 
     An event is decided again from the version in its letter, by the pins in it if it has any: as its stages would.
     Raises InfrastructureError when a server does not answer, LimitExceededError when too many decide at once.
     """
-    results = [await _dry(letter, standing, redecider, policy, partitions) for letter, standing in found]
+    results = [await _dry(letter, standing, redecider, policy, layouts) for letter, standing in found]
     changes = Counter(
         f"{each.now or 'undecided'} → {each.then}" for each in results if each.result == "decides" and each.then
     )
@@ -566,9 +572,9 @@ async def dry_run(
 
 
 async def _dry(
-    letter: Letter, standing: Standing, redecider: Redecider, policy: LetterPolicy, partitions: int
+    letter: Letter, standing: Standing, redecider: Redecider, policy: LetterPolicy, layouts: RunningLayouts
 ) -> DryResult:
-    verdict = judge(Command(Action.REPLAY, (letter.letter_id,)), letter, standing, policy, partitions)
+    verdict = judge(Command(Action.REPLAY, (letter.letter_id,)), letter, standing, policy, layouts)
 
     def answer(
         result: Literal["decides", "resends", "parks", "noop", "refused"], then: str | None, why: str
@@ -605,7 +611,7 @@ class LetterDesk(Protocol):
     """Dead letters for people; every command is one transaction with its messages and its audit records."""
 
     policy: LetterPolicy
-    partitions: int
+    layouts: RunningLayouts
 
     async def groups(
         self, reach: Reach, wanted: LetterFilter, *, after: str | None = None, limit: int = 50

@@ -105,6 +105,16 @@ class BrokerManagement:
         wanted = set(names)
         return sum(int(row.get("messages", 0)) for row in rows or () if row["name"] in wanted)
 
+    async def standing(self, names: Sequence[str]) -> dict[str, QueueLoad | None]:
+        """What each queue that there is holds and how many consume it, None for one that is not counted yet."""
+        rows = await self._call("GET", f"queues/{self._vhost}?columns=name,messages,consumers")
+        wanted = set(names)
+        return {
+            row["name"]: QueueLoad(int(row["messages"]), int(row.get("consumers", 0))) if "messages" in row else None
+            for row in rows or ()
+            if row["name"] in wanted
+        }
+
     async def loads(self, names: Sequence[str]) -> QueueLoad:
         """What these queues hold together, and how many consume the busiest of them; up to 5 s old."""
         rows = await self._call("GET", f"queues/{self._vhost}?columns=name,messages,consumers")
@@ -122,6 +132,17 @@ class BrokerManagement:
         """Remove a queue; its absence is no error."""
         if await self._call("GET", f"queues/{self._vhost}/{name}") is not None:
             await self._call("DELETE", f"queues/{self._vhost}/{name}")
+
+    async def unbind(self, exchange: str, queue: str) -> None:
+        """Remove the bindings of a queue to an exchange: what is published for it is unroutable from then on."""
+        path = f"bindings/{self._vhost}/e/{exchange}/q/{queue}"
+        for found in await self._call("GET", path) or ():
+            await self._call("DELETE", f"{path}/{quote(found['properties_key'], safe='')}")
+
+    async def delete_exchange(self, name: str) -> None:
+        """Remove an exchange; its absence is no error."""
+        if await self._call("GET", f"exchanges/{self._vhost}/{name}") is not None:
+            await self._call("DELETE", f"exchanges/{self._vhost}/{name}")
 
     async def version(self) -> str:
         """The broker's version."""

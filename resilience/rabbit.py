@@ -253,6 +253,7 @@ class RabbitConsumer:
             decoder=_raw_body,
         )
         subscriber(receive)
+        self._subscribers[queue] = subscriber
         return subscriber
 
     async def add_queue(self, queue: str) -> None:
@@ -279,6 +280,11 @@ class RabbitConsumer:
             with contextlib.suppress(*_CLIENT_ERRORS):  # a lost connection takes the subscription with it
                 async with asyncio.timeout(_START_S):
                     await subscriber.stop()
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """What is consumed."""
+        return tuple(self._queues)
 
     def _delivery(self, queue: str, message: RabbitMessage) -> Delivery:
         raw = message.raw_message

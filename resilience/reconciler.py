@@ -24,7 +24,7 @@ from contracts.messages import arrived, audit_message, probe_message, stage_mess
 from contracts.ports import Clock, EventKey, Message, Missing, Publisher, Telemetry
 from contracts.state import EventState
 from contracts.telemetry import RECONCILED, Measurement
-from contracts.topology import Stage
+from contracts.topology import RunningLayouts, Stage
 
 log = structlog.get_logger("reconciler")
 
@@ -92,17 +92,17 @@ class Reconciler:
         publisher: Publisher,
         telemetry: Telemetry,
         clock: Clock,
-        partitions: int,
+        layouts: RunningLayouts,
         policy: ReconcilerPolicy | None = None,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`partitions` is the number of queues of each stage; `sleep` waits so many seconds of the clock's time."""
+        """Probes and what is sent again go to the newest of `layouts`; `sleep` waits so many seconds of the clock."""
         self._missing = missing
         self._publisher = publisher
         self._telemetry = telemetry
         self._clock = clock
-        self._partitions = partitions
+        self._layouts = layouts
         self._policy = policy or ReconcilerPolicy()
         self._sleep = sleep
         self._probed: dict[int, datetime] = {}
@@ -180,7 +180,7 @@ class Reconciler:
         again = timedelta(seconds=self._policy.probe_s)
         under_way = {p for p, at in self._probed.items() if now < at + again and through.get(p, _NEVER) < at}
         partitions = sorted(waiting - under_way)
-        messages = [probe_message(partition, now.isoformat()) for partition in partitions]
+        messages = [probe_message(partition, now.isoformat(), self._layouts.newest.version) for partition in partitions]
         confirms = await self._publisher.publish(messages) if messages else ()
         for partition, message, confirm in zip(partitions, messages, confirms, strict=True):
             if arrived(message, confirm):
@@ -190,10 +190,11 @@ class Reconciler:
         return ((key, watch) for search in self._searches for key, watch in search.watched.items())
 
     def _partition(self, key: EventKey) -> int:
-        return key[0].partition(self._partitions)
+        return self._layouts.newest.partition(key[0])
 
     def _entries(self, states: Sequence[EventState]) -> list[Message]:
-        return stage_messages((entry_of(state, Stage.RETRIEVAL) for state in states), self._partitions)
+        version = self._layouts.newest.version
+        return stage_messages((entry_of(state, Stage.RETRIEVAL, topology=version) for state in states), self._layouts)
 
     def _records(self, states: Sequence[EventState]) -> list[Message]:
-        return audit_message([record for state in states for record in state.records()], self._partitions)
+        return audit_message([record for state in states for record in state.records()], self._layouts)

@@ -21,7 +21,7 @@ from contracts.ports import Confirm, DecisionRow, Message, Peek, TenantProfile
 from contracts.state import Thresholds
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
-from contracts.topology import VERSION, Stage
+from contracts.topology import VERSION, Layouts, Stage
 from gateway.intake import Intake, IntakePorts
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.memory import MemoryDatabase, MemoryDirectory, MemoryLedger, Transaction
@@ -280,11 +280,11 @@ class DoorParts:
             profile = TenantProfile(TenantScope(name), name.title(), f"up-{name}", Thresholds())
             self.directory.add(profile, f"rf_{name}_key")
         counter = RefusalCounter(RefusalPolicy(boot="b" * 32))
-        self.refusals = RefusalLog(counter, self.publisher, self.telemetry, self.clock, self.partitions)
+        self.refusals = RefusalLog(counter, self.publisher, self.telemetry, self.clock, Layouts.first(self.partitions))
         ports = IntakePorts(
             self.store, self.publisher, self.ledger, self.telemetry, self.clock, self.ids, self.directory
         )
-        self.intake = Intake(ports, self.refusals, self.partitions)
+        self.intake = Intake(ports, self.refusals, Layouts.first(self.partitions))
 
     def limit(self, scope: TenantScope, undecided: int | None, rate_per_s: float | None = None, burst: int = 1) -> None:
         """So many events of the tenant may be under way, and so many new ones come at once and per second."""

@@ -15,6 +15,7 @@ from contracts.identity import Grant, Principal, Role
 from contracts.outcomes import Decision, Outcome, PolicyResult, PolicyVerdict
 from contracts.ports import FeedPage
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from gateway.health import HealthDoor, HealthReport
 from gateway.http import HttpPorts, create_app
 from gateway.labelling import LabelDesk
@@ -161,6 +162,5 @@ class WholeDoor:
         )
 
     def app(self) -> Starlette:
-        return create_app(
-            self.parts.intake, self.ports, self.parts.refusals, health_door(), partitions=self.parts.partitions
-        )
+        layouts = Layouts.first(self.parts.partitions)
+        return create_app(self.parts.intake, self.ports, self.parts.refusals, health_door(), layouts=layouts)

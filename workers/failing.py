@@ -26,7 +26,7 @@ from contracts.messages import ladder_message, parked_message, rejection_message
 from contracts.ports import Clock, DeadLetter, Delivery, Telemetry
 from contracts.state import EventState
 from contracts.telemetry import FAILURES, PARKED, RETRIES, Measurement, Metric
-from contracts.topology import STAGES, Stage
+from contracts.topology import STAGES, RunningLayouts, Stage, is_version
 from workers.outgoing import Wave
 from workers.settling import Park, Retry, RetryPolicy, after_failure, park, park_bytes
 
@@ -52,15 +52,15 @@ class Failures:
         self,
         stage: Stage,
         retry: RetryPolicy,
-        partitions: int,
+        layouts: RunningLayouts,
         telemetry: Telemetry,
         clock: Clock,
         listener: Listener | None = None,
     ) -> None:
-        """`partitions` is the number of queues of the stage; `listener` hears of every failure."""
+        """`layouts`: the queues of the stage; `listener` hears of every failure."""
         self._stage = stage
         self._retry = retry
-        self._partitions = partitions
+        self._layouts = layouts
         self._telemetry = telemetry
         self._clock = clock
         self._listener = listener
@@ -86,11 +86,17 @@ class Failures:
         return entries
 
     def _misfit(self, entry: Entry, now: str) -> Park | None:
-        """The dead letter of an entry that this stage cannot hold; without a valid tenant it is nobody's."""
+        """The dead letter of an entry that this stage cannot hold; without a valid tenant it is nobody's.
+
+        Raises MessagingFailureError for an entry of a version that is not known here.
+        """
         try:
             entry.header.scope  # noqa: B018 - validates the tenant id
         except RiskfleetError as error:
             return park_bytes(encode_carrier((entry,)), self._stage, error, now)
+        if not is_version(entry.header.topology):
+            return park(entry, InvalidWorkflowStateError("the entry names no topology version"), now)
+        self._layouts.of(entry.header.topology)  # not known yet: everything waits until it is
         if entry.header.stage != self._stage or entry.header.n != STAGES.index(self._stage):
             return park(entry, InvalidWorkflowStateError("the entry is addressed to another stage"), now)
         return None
@@ -128,7 +134,7 @@ class Failures:
         self._measure(FAILURES, category)
         verdict = after_failure(entry, error, self._retry, self._now())
         if isinstance(verdict, Retry):
-            wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._partitions))
+            wave.messages.append(ladder_message(verdict.entry, verdict.delay_ms, self._layouts))
             self._measure(RETRIES, category)
             if self._listener is not None:
                 self._listener.failed(fingerprint(error))

@@ -27,7 +27,7 @@ from contracts.messages import (
 from contracts.ports import Confirm, DecisionRow, Held, Leaving, Message, Publisher, Telemetry
 from contracts.state import AuditRecord, EventState
 from contracts.telemetry import DELIVERIES, Measurement
-from contracts.topology import DECISIONS, REJECTED, reply_queue
+from contracts.topology import DECISIONS, REJECTED, RunningLayouts, reply_queue
 
 log = structlog.get_logger("outgoing")
 
@@ -83,19 +83,19 @@ class Wave:
 class Outgoing:
     """Publishes waves."""
 
-    def __init__(self, publisher: Publisher, partitions: int, tries: int, telemetry: Telemetry) -> None:
-        """`partitions` is the number of queues of a stage, and of the audit; `tries` bounds the sends of a wave."""
+    def __init__(self, publisher: Publisher, layouts: RunningLayouts, tries: int, telemetry: Telemetry) -> None:
+        """`layouts`: the queues of stages and of the audit; `tries` bounds the sends of a wave."""
         self._publisher = publisher
-        self._partitions = partitions
+        self._layouts = layouts
         self._tries = tries
         self._telemetry = telemetry
 
     async def publish(self, wave: Wave) -> None:
         """Everything answered for, or MessagingFailureError. Unknown means: the same message again."""
         pending = [
-            *stage_messages(wave.onward, self._partitions),
+            *stage_messages(wave.onward, self._layouts),
             *wave.messages,
-            *audit_message(_unique(wave.records), self._partitions),
+            *audit_message(_unique(wave.records), self._layouts),
         ]
         replies, wave.replies = wave.replies, []
         undelivered: list[Message] = []

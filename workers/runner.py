@@ -54,7 +54,7 @@ from contracts.telemetry import (
     Measurement,
     Metric,
 )
-from contracts.topology import STAGES, Stage
+from contracts.topology import STAGES, RunningLayouts, Stage
 from workers.failing import Failures, Listener
 from workers.outgoing import Outgoing, Wave
 from workers.pipeline import stage_of
@@ -109,14 +109,16 @@ class _Claimed:
 class StageRunner:
     """Runs one stage. `handle` takes the deliveries that gathered and answers one settlement for each."""
 
-    def __init__(self, stage: Stage, ports: RunnerPorts, partitions: int, policy: RunnerPolicy | None = None) -> None:
-        """`partitions` is the number of queues of each stage."""
+    def __init__(
+        self, stage: Stage, ports: RunnerPorts, layouts: RunningLayouts, policy: RunnerPolicy | None = None
+    ) -> None:
+        """`layouts`: the queues of each stage, and on which of them an entry stays."""
         self._stage = stage
         self._ports = ports
-        self._partitions = partitions
+        self._layouts = layouts
         self._policy = policy or RunnerPolicy()
-        self._failures = Failures(stage, self._policy.retry, partitions, ports.telemetry, ports.clock, ports.listener)
-        self._outgoing = Outgoing(ports.publisher, partitions, self._policy.publish_tries, ports.telemetry)
+        self._failures = Failures(stage, self._policy.retry, layouts, ports.telemetry, ports.clock, ports.listener)
+        self._outgoing = Outgoing(ports.publisher, layouts, self._policy.publish_tries, ports.telemetry)
 
     # --- a delivery ---------------------------------------------------------------------------------
 
@@ -162,7 +164,7 @@ class StageRunner:
             if lives if holder else returns <= self._policy.chance_returns:
                 going_on.append(entry)
             else:
-                wave.messages.append(stage_message(entry.evolve(suspect=True), self._partitions))
+                wave.messages.append(stage_message(entry.evolve(suspect=True), self._layouts))
                 self._measure(SUSPECTS, stage=self._stage)
         return going_on
 
@@ -215,7 +217,7 @@ class StageRunner:
             return settled
         wave = Wave()
         for entry in left:
-            wave.messages.append(ladder_message(entry, self._policy.retry.waits_ms[0], self._partitions))
+            wave.messages.append(ladder_message(entry, self._policy.retry.waits_ms[0], self._layouts))
         await self._outgoing.publish(wave)
         return False
 
@@ -290,7 +292,7 @@ class StageRunner:
             await self._already_done(entry, claim, wave)
             return None
         if claim.verdict is ClaimVerdict.LOCKED:
-            wave.messages.append(ladder_message(entry, claim.lease_ms, self._partitions))
+            wave.messages.append(ladder_message(entry, claim.lease_ms, self._layouts))
             wave.waiting.append(entry)
             self._measure(LOCK_WAITS, stage=self._stage)
             return None
@@ -359,7 +361,7 @@ class StageRunner:
     async def _advance(self, worked: Sequence[tuple[_Claimed, EventState]], wave: Wave) -> None:
         for item, new in await self._advanced(worked, wave):
             first = self._first_owed(item)
-            wave.onward.append(_next_entry(new, item.entry.header.reply_to))
+            wave.onward.append(_next_entry(new, item.entry, item.entry.header.reply_to))
             wave.records += new.records(first)
 
     async def _advanced(
@@ -421,7 +423,7 @@ class StageRunner:
         owed: dict[str, Any] = orjson.loads(claim.output) if claim.output else {"first": 0, "reply_to": None}
         first = 0 if self._stage is Stage.RETRIEVAL else entry.header.n + 1
         # The caller of this very entry waits, whoever sent the one that was stored.
-        wave.onward.append(_next_entry(state, entry.header.reply_to or owed["reply_to"]))
+        wave.onward.append(_next_entry(state, entry, entry.header.reply_to or owed["reply_to"]))
         wave.records += state.records(min(first, owed["first"]))
         self._measure(DUPLICATES, stage=self._stage)
 
@@ -455,8 +457,8 @@ class StageRunner:
         return self._ports.clock.now().isoformat()
 
 
-def _next_entry(state: EventState, reply_to: str | None) -> Entry:
-    return entry_of(state, STAGES[state.n], reply_to)
+def _next_entry(state: EventState, before: Entry, reply_to: str | None) -> Entry:
+    return entry_of(state, STAGES[state.n], reply_to, topology=before.header.topology)
 
 
 def _without_twins(entries: Iterable[Entry]) -> list[list[Entry]]:

@@ -24,7 +24,7 @@ from contracts.messages import stage_message
 from contracts.ports import Confirm, Message
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
-from contracts.topology import INGEST
+from contracts.topology import INGEST, Layouts
 from deploy import stream
 from deploy.provision import DemoCredentials
 from deploy.runtime import RandomIds, SystemClock
@@ -89,16 +89,17 @@ async def backlog(settings: Settings, load: Load, *, single: bool, tick: Tick) -
     store = RedisStateStore(connect(settings.need("redis_url")), boot, policy)
     publisher = RabbitPublisher(settings.need("rabbitmq_url"), name="riskfleet-bench", timeout_s=30)
     await publisher.start()
+    layouts = Layouts.first(settings.partitions)  # its servers are its own and new
     try:
-        refusals = RefusalLog(RefusalCounter(RefusalPolicy(boot)), publisher, _Silent(), clock, settings.partitions)
+        refusals = RefusalLog(RefusalCounter(RefusalPolicy(boot)), publisher, _Silent(), clock, layouts)
         ports = IntakePorts(store, kept, PostgresLedger(engine), _Silent(), clock, ids)
-        intake, admitted = Intake(ports, refusals, settings.partitions), 0
+        intake, admitted = Intake(ports, refusals, layouts), 0
         for start in range(0, len(load), 64):
             group = load[start : start + 64]
             verdicts = await asyncio.gather(*(intake.admit(_submission(*item)) for item in group))
             admitted += sum(not isinstance(verdict, Refusal) for verdict in verdicts)
             tick(admitted)
-        messages = _singles(kept.messages, settings.partitions) if single else kept.messages
+        messages = _singles(kept.messages, layouts) if single else kept.messages
         for start in range(0, len(messages), _PUBLISH_AT_ONCE):
             confirms = await publisher.publish(messages[start : start + _PUBLISH_AT_ONCE])
             if any(confirm is not Confirm.CONFIRMED for confirm in confirms):
@@ -114,9 +115,9 @@ def _submission(tenant: DemoCredentials, body: bytes) -> Submission:
     return Submission(TenantScope(tenant.tenant), None, body, None, None, None, "http")
 
 
-def _singles(messages: Sequence[Message], partitions: int) -> list[Message]:
+def _singles(messages: Sequence[Message], layouts: Layouts) -> list[Message]:
     entries = (entry for message in messages for entry in decode_carrier(message.body))
-    return [stage_message(entry, partitions) for entry in entries if isinstance(entry, Entry)]
+    return [stage_message(entry, layouts) for entry in entries if isinstance(entry, Entry)]
 
 
 async def open_loop(load: Load, rate: float, send: Callable[[int, float], Awaitable[None]], tick: Tick) -> float:

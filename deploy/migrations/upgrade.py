@@ -52,6 +52,7 @@ GRANTS: Final[Mapping[str, str]] = {
     "halts": "SELECT, INSERT, UPDATE, DELETE",
     "pauses": "SELECT, INSERT, UPDATE, DELETE",
     "probes": "SELECT, INSERT, UPDATE",
+    "layouts": "SELECT, INSERT, UPDATE (retired_at, removed_at)",
     "tenants": "SELECT, INSERT, UPDATE",
     "users": "SELECT, INSERT, UPDATE",
     "memberships": "SELECT, INSERT, DELETE",

@@ -209,7 +209,7 @@ class _Door:
         body = await command(request, LettersToTry)
         desk = self._desk.letters
         found = await desk.standings(reach, body.letter_ids)
-        ran = await dry_run(found, self._desk.redecider, desk.policy, desk.partitions)
+        ran = await dry_run(found, self._desk.redecider, desk.policy, desk.layouts)
         await desk.note_dry_run(caller, [letter for letter, _ in found], ran)
         return self._done(ran)
 

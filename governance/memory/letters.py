@@ -17,7 +17,7 @@ from contracts.messages import audit_message
 from contracts.ports import DeadLetter, Ids, Message
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
-from contracts.topology import STAGES
+from contracts.topology import STAGES, RunningLayouts
 from governance.approvals import checked_reason
 from governance.audit import SYSTEM_CHAIN, chain_of
 from governance.columns import clean, moment
@@ -184,11 +184,13 @@ def _moment_or(value: str, fallback: datetime) -> datetime:
 class MemoryLetterDesk:
     """The LetterDesk on a database in memory."""
 
-    def __init__(self, database: MemoryDatabase, ids: Ids, partitions: int, policy: LetterPolicy | None = None) -> None:
-        """`partitions` is the number of queues of each stage."""
+    def __init__(
+        self, database: MemoryDatabase, ids: Ids, layouts: RunningLayouts, policy: LetterPolicy | None = None
+    ) -> None:
+        """`layouts`: where messages that are sent again go."""
         self._database = database
         self._ids = ids
-        self.partitions = partitions
+        self.layouts = layouts
         self.policy = policy or LetterPolicy()
 
     # --- looking --------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ class MemoryLetterDesk:
                 size=len(row.body),
                 sha256=hashlib.sha256(row.body).hexdigest(),
                 entries=entries_of(row.body),
-                resend=why_not(_letter(row), self.partitions),
+                resend=why_not(_letter(row), self.layouts),
                 history=tuple(map(_act, acts)),
                 related=tuple(_summary(one) for one in related if one.letter_id != row.letter_id),
             )
@@ -286,7 +288,7 @@ class MemoryLetterDesk:
         def work(tx: Transaction) -> Resolved:
             order = self._order(tx, command, now)
             found = _standings(tx, order.letter_ids)
-            verdicts = [judge(order, *each, self.policy, self.partitions) for each in found]
+            verdicts = [judge(order, *each, self.policy, self.layouts) for each in found]
             if command.request_id is None:
                 check_alone(acting(verdicts), self._left(tx, caller, now), self.policy)
             due = self._send(tx, verdicts, order)
@@ -352,7 +354,7 @@ class MemoryLetterDesk:
             self._record(tx, scope, records)
 
     def _record(self, tx: Transaction, scope: TenantScope | None, records: Sequence[AuditRecord]) -> None:
-        enqueue(tx, scope, audit_message(records, self.partitions))
+        enqueue(tx, scope, audit_message(records, self.layouts))
 
     # --- two people -----------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from contracts.outcomes import Decision, Outcome
 from contracts.ports import Clock, DecisionRow, Telemetry
 from contracts.telemetry import APPROVAL_SECONDS, APPROVALS_CLOSED, Measurement
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 from governance.approvals import (
     APPROVAL_EXPIRED,
     CLAIM_S,
@@ -219,11 +220,11 @@ class _Held:
 class Approvals:
     """The table `approvals` and the decisions that people make in it."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, partitions: int, telemetry: Telemetry) -> None:
-        """`partitions`: of the queues that the audit records of these commands go to."""
+    def __init__(self, engine: AsyncEngine, clock: Clock, layouts: RunningLayouts, telemetry: Telemetry) -> None:
+        """`layouts`: the queues that the audit records of these commands go to."""
         self._engine = engine
         self._clock = clock
-        self._partitions = partitions
+        self._layouts = layouts
         self._telemetry = telemetry
 
     # --- reading ----------------------------------------------------------------------------------------
@@ -472,7 +473,7 @@ class Approvals:
         record = operator_record(
             held.scope, f"approval.{action}", caller, held.at, subject, detail, event_id=held.row.event_id
         )
-        await enqueue_records(held.connection, held.scope, [record], self._partitions)
+        await enqueue_records(held.connection, held.scope, [record], self._layouts)
 
     def _measure(self, scope: TenantScope, approval: Approval) -> None:
         """After the commit: what was rolled back was not closed."""

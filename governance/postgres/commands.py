@@ -12,6 +12,7 @@ from contracts.failures import AuthorizationError, NotKnownError
 from contracts.identity import EVERYWHERE, Permission, Principal
 from contracts.ports import Clock, Ids
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 from governance.audit import operator_record
 from governance.passwords import Passwords
 from governance.postgres.outbox import enqueue_records
@@ -56,7 +57,7 @@ class PeoplePorts:
     clock: Clock
     ids: Ids
     passwords: Passwords
-    partitions: int
+    layouts: RunningLayouts
     tokens: TokenIssuer | None = None
     broker: Broker | None = None
 
@@ -76,7 +77,7 @@ class PeoplePorts:
         """Write a command's audit record to the outbox, in the command's transaction."""
         at = self.clock.now().isoformat(timespec="microseconds").replace("+00:00", "Z")
         record = operator_record(scope, action, caller, at, subject, detail)
-        await enqueue_records(connection, scope, [record], self.partitions)
+        await enqueue_records(connection, scope, [record], self.layouts)
 
 
 def need(caller: Principal, permission: Permission, scope: TenantScope | None) -> None:

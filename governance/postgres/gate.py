@@ -30,6 +30,7 @@ from contracts.identity import Principal
 from contracts.ports import Clock
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 from governance.audit import operator_record
 from governance.columns import moment
 from governance.postgres.engine import sqlstate, transaction
@@ -211,11 +212,16 @@ class RegistryGate:
     """
 
     def __init__(
-        self, engine: AsyncEngine, clock: Clock, partitions: int, signer: Signer, validators: Mapping[str, Validator]
+        self,
+        engine: AsyncEngine,
+        clock: Clock,
+        layouts: RunningLayouts,
+        signer: Signer,
+        validators: Mapping[str, Validator],
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._partitions = partitions
+        self._layouts = layouts
         self._signer = signer
         self._released = frozenset((brought.kind, brought.name) for brought in release_artifacts())
         self._validators = {"prompt": check_prompt, **validators}
@@ -463,7 +469,7 @@ class RegistryGate:
                 await connection.execute(_LOCK, {"key": f"riskfleet.registry {_owner(scope)}"})
                 command = _Command(connection, scope, caller, reason, self._clock.now(), [])
                 yield command
-                await enqueue_records(connection, scope, command.records, self._partitions)
+                await enqueue_records(connection, scope, command.records, self._layouts)
         except DBAPIError as error:
             # Only what passes our own checks comes here: the tables know something that we did not.
             if sqlstate(error) not in _REFUSED_BY_THE_TABLES:

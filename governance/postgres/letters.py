@@ -27,7 +27,7 @@ from contracts.identity import Principal
 from contracts.ports import Clock, Ids, Message
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
-from contracts.topology import STAGES
+from contracts.topology import STAGES, RunningLayouts
 from governance.approvals import checked_reason
 from governance.audit import SYSTEM_CHAIN, chain_of
 from governance.columns import clean
@@ -220,13 +220,13 @@ class PostgresLetterDesk:
     """The LetterDesk over the tables `dead_letters`, `letter_history`, `letter_requests` and `outbox`."""
 
     def __init__(
-        self, engine: AsyncEngine, clock: Clock, ids: Ids, partitions: int, policy: LetterPolicy | None = None
+        self, engine: AsyncEngine, clock: Clock, ids: Ids, layouts: RunningLayouts, policy: LetterPolicy | None = None
     ) -> None:
-        """`partitions` is the number of queues of each stage."""
+        """`layouts`: where messages that are sent again go."""
         self._engine = engine
         self._clock = clock
         self._ids = ids
-        self.partitions = partitions
+        self.layouts = layouts
         self.policy = policy or LetterPolicy()
 
     # --- looking --------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class PostgresLetterDesk:
             size=len(body),
             sha256=hashlib.sha256(body).hexdigest(),
             entries=entries_of(body),
-            resend=why_not(_letter(row), self.partitions),
+            resend=why_not(_letter(row), self.layouts),
             history=acts,
             related=tuple(each for each in others if each.letter_id != row["letter_id"]),
         )
@@ -305,7 +305,7 @@ class PostgresLetterDesk:
         async with transaction(self._engine, scopes.values()) as connection:
             for _, scope in sorted(scopes.items()):
                 record = dry_run_record(scope, caller, at, letters, ran)
-                await enqueue_records(connection, scope, [record], self.partitions)
+                await enqueue_records(connection, scope, [record], self.layouts)
 
     # --- acting ---------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class PostgresLetterDesk:
             events = [(scope, row.event_id) for row in keys if (scope := _scope_of(row.tenant)) and row.event_id]
             await lock_events(connection, (), exclusive=events)
             found = await _standings(connection, _HOLD, order.command.letter_ids)
-            verdicts = [judge(order.command, *each, self.policy, self.partitions) for each in found]
+            verdicts = [judge(order.command, *each, self.policy, self.layouts) for each in found]
             if command.request_id is None:
                 left = await self._left(connection, scopes, caller, order.now)
                 check_alone(acting(verdicts), left, self.policy)
@@ -395,7 +395,7 @@ class PostgresLetterDesk:
             )
             groups.setdefault(chain_of(letter.scope), (letter.scope, []))[1].append(record)
         for _, (scope, records) in sorted(groups.items()):
-            await enqueue_records(connection, scope, records, self.partitions)
+            await enqueue_records(connection, scope, records, self.layouts)
 
     # --- two people -----------------------------------------------------------------------------------
 
@@ -443,7 +443,7 @@ class PostgresLetterDesk:
             row = (await connection.execute(_ONE_REQUEST, found_again)).mappings().one()
             asked = request_from(row, now)
             record = request_record(scope, "requested", caller, stamp(now), asked, row["letter_ids"])
-            await enqueue_records(connection, scope, [record], self.partitions)
+            await enqueue_records(connection, scope, [record], self.layouts)
         return asked
 
     async def requests(self, reach: Reach) -> RequestList:
@@ -481,7 +481,7 @@ class PostgresLetterDesk:
             again = (await connection.execute(_ONE_REQUEST, key)).mappings().one()
             answered, scope = request_from(again, now), _scope_of(row["tenant"])
             record = request_record(scope, status, caller, stamp(now), answered, row["letter_ids"])
-            await enqueue_records(connection, scope, [record], self.partitions)
+            await enqueue_records(connection, scope, [record], self.layouts)
         return answered
 
     async def _scopes(self, reach: Reach) -> tuple[TenantScope | None, ...]:

@@ -20,6 +20,7 @@ from contracts.messages import audit_message
 from contracts.ports import Message, OutboxRow
 from contracts.state import AuditRecord
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 from governance.audit import SYSTEM_CHAIN, chain_of
 from governance.postgres.directory import tenant_ids
 from governance.postgres.engine import columns, transaction
@@ -78,10 +79,10 @@ async def enqueue(
 
 
 async def enqueue_records(
-    connection: AsyncConnection, scope: TenantScope | None, records: Sequence[AuditRecord], partitions: int
+    connection: AsyncConnection, scope: TenantScope | None, records: Sequence[AuditRecord], layouts: RunningLayouts
 ) -> None:
     """Write the audit records of a command (all of one scope) inside its transaction."""
-    await enqueue(connection, scope, audit_message(records, partitions))
+    await enqueue(connection, scope, audit_message(records, layouts))
 
 
 class PostgresOutbox:

@@ -18,6 +18,7 @@ from contracts.failures import AuthorizationError, DatabaseError, InvalidRequest
 from contracts.identity import EVERYWHERE, Principal
 from contracts.ports import Clock, PauseNotice
 from contracts.tenancy import TenantScope
+from contracts.topology import RunningLayouts
 from governance.audit import operator_record
 from governance.pauses import BREAKER, DOORS, PLACES, StandingPause
 from governance.postgres.directory import tenant_ids
@@ -50,10 +51,10 @@ _STANDING: Final = text(
 class PostgresPauses:
     """The port Pauses, and the commands behind it. A scope of None is a stage's, for every tenant."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, partitions: int) -> None:
+    def __init__(self, engine: AsyncEngine, clock: Clock, layouts: RunningLayouts) -> None:
         self._engine = engine
         self._clock = clock
-        self._partitions = partitions
+        self._layouts = layouts
         self._rows: dict[tuple[str, str], Row[Any]] = {}
         self._read_at: dict[str, float] = {}
 
@@ -126,7 +127,7 @@ class PostgresPauses:
             if row is None or (row.until is not None and row.until <= at):
                 raise NotKnownError(f"{place} is not paused here")
             record = operator_record(scope, "pause.cleared", caller, _said(at), {"place": place}, {"reason": reason})
-            await enqueue_records(connection, scope, [record], self._partitions)
+            await enqueue_records(connection, scope, [record], self._layouts)
 
     async def trip(self, scope: TenantScope, reason: str, seconds: float) -> bool:
         """The park breaker pauses a tenant for a while; False when a person's pause holds already."""
@@ -154,7 +155,7 @@ class PostgresPauses:
             if (await connection.execute(_SET, values)).one_or_none() is None:
                 return False
             record = operator_record(scope, "pause.set", caller, pause.set_at, {"place": pause.place}, detail)
-            await enqueue_records(connection, scope, [record], self._partitions)
+            await enqueue_records(connection, scope, [record], self._layouts)
         return True
 
 

@@ -339,6 +339,16 @@ probes = Table(
     PrimaryKeyConstraint("partition"),
 )
 
+layouts = Table(
+    "layouts",
+    metadata,
+    *(Column(name, Integer, nullable=False, autoincrement=False) for name in ("version", "partitions")),
+    *(_at("filling_from"), _at("retired_at", null=True), _at("removed_at", null=True)),
+    PrimaryKeyConstraint("version"),
+    CheckConstraint("version BETWEEN 1 AND 9999", name="layouts_version"),
+    CheckConstraint("partitions BETWEEN 1 AND 100", name="layouts_partitions"),
+)
+
 tenants = Table(
     "tenants",
     metadata,

@@ -50,6 +50,7 @@ from contracts.state import (
     begin,
 )
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.runtime import RandomIds
 from deploy.servers import ServerUrls
@@ -196,7 +197,7 @@ class MemoryBench(Bench):
         self.database = MemoryDatabase(self.clock, wire=lambda: asyncio.sleep(0))
         self.ledger = MemoryLedger(self.database)
         self.letters = MemoryDeadLetters(self.database)
-        self.desk = MemoryLetterDesk(self.database, RandomIds(), PARTITIONS)
+        self.desk = MemoryLetterDesk(self.database, RandomIds(), Layouts.first(PARTITIONS))
         self.audit = MemoryAuditLog(self.database)
         self.memory_registry = MemoryRegistry(self.database)
         self.registry = self.memory_registry
@@ -371,7 +372,7 @@ class PostgresBench(Bench):
         self.clock = SteppingClock()
         self.ledger = PostgresLedger(engine)
         self.letters = PostgresDeadLetters(engine, self.clock)
-        self.desk = PostgresLetterDesk(engine, self.clock, RandomIds(), PARTITIONS)
+        self.desk = PostgresLetterDesk(engine, self.clock, RandomIds(), Layouts.first(PARTITIONS))
         self.audit = PostgresAuditLog(engine, self.clock)
         self.registry = PostgresRegistry(engine, self.clock, Verifier([SIGNER.public]))
         self.directory = PostgresDirectory(engine, self.clock, PEPPER)

@@ -15,6 +15,7 @@ import pytest
 from contracts.failures import ConflictError
 from contracts.identity import Principal
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from gateway.control.app import create_control
 from gateway.control.app import openapi_document as operator_document
 from gateway.control.desk import Desk
@@ -193,7 +194,9 @@ async def test_the_operator_api_answers_every_caller_as_declared(operator: tuple
 def real_people(behind: Behind) -> People:
     """The room itself, up to the database, so that what it asks for is compared with what its calls declare."""
     passwords = Passwords(memory_kib=64, passes=1)
-    ports = PeoplePorts(cast("Any", Unreached(behind)), SteppingClock(), CountingIds(), passwords, 1, None, Broker())
+    ports = PeoplePorts(
+        cast("Any", Unreached(behind)), SteppingClock(), CountingIds(), passwords, Layouts.first(1), None, Broker()
+    )
     return People(ports, PeoplePolicy(b"p" * 32, failed_login_s=0))
 
 
@@ -270,7 +273,7 @@ async def test_the_ingest_gateway_answers_every_caller_as_declared() -> None:
     whole = WholeDoor()
     wallet = Wallet({caller.name: caller.principal for caller in callers() if caller.principal})
     door, parts = replace(whole.ports, credentials=wallet), whole.parts
-    app = create_app(parts.intake, door, parts.refusals, health_door(), partitions=parts.partitions)
+    app = create_app(parts.intake, door, parts.refusals, health_door(), layouts=Layouts.first(parts.partitions))
     described = json.loads(openapi_document())
     surface, wrong, counts = Surface(app, described), [], Counter[str]()
     for operation, caller, _ in cases(described):

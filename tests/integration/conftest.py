@@ -52,6 +52,12 @@ async def clear_leftovers(settings: Settings) -> None:
             await connection.execute(text("UPDATE tenants SET approval_policy = '{}', limits = '{}'"))
     finally:
         await engine.dispose()
+    owner = create_engine(settings.need("migration_database_url"), pool_size=1)
+    try:
+        async with transaction(owner, ()) as connection:
+            await connection.execute(text("DELETE FROM layouts"))
+    finally:
+        await owner.dispose()
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from sqlalchemy import text
 from contracts.events import event_id_of
 from contracts.failures import InfrastructureError
 from contracts.tenancy import TenantScope
-from contracts.topology import METRICS_QUEUE, topology
-from deploy import local, stream
+from contracts.topology import METRICS_QUEUE, topology_of
+from deploy import local, relayout, stream
 from deploy.fleet import Fleet
 from deploy.provision import DemoCredentials
 from deploy.runtime import SystemClock
@@ -228,7 +228,8 @@ class RunningFleet:
     async def assert_empty(self) -> None:
         """Every queue and rung holds nothing, delivered or waiting. The metrics queue has a sink that never ends."""
         assert await stream.wait_until_empty(self.settings) == 0
-        names = [q.name for q in topology(self.settings.partitions).queues if q.name != METRICS_QUEUE]
+        async with relayout.opened(self.settings) as (_, layouts):
+            names = [q.name for q in topology_of(layouts.running).queues if q.name != METRICS_QUEUE]
         names += [self.scope(name).ingest_queue for name in self.upstreams]
         with pika.BlockingConnection(pika.URLParameters(self.settings.need("rabbitmq_url"))) as connection:
             channel = connection.channel()

@@ -33,7 +33,7 @@ from contracts.outcomes import Outcome
 from contracts.ports import DeadLetter, Peek
 from contracts.state import EventState, Thresholds
 from contracts.tenancy import TenantScope
-from contracts.topology import DECISIONS, Stage
+from contracts.topology import DECISIONS, Layouts, Stage
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.servers import ServerUrls
 from gateway.calls import openapi, routes
@@ -109,7 +109,7 @@ class Room:
 async def room(engine: AsyncEngine) -> AsyncIterator[Room]:
     scope, clock, telemetry = fresh_scope(), SetClock(), RecordingTelemetry()
     await create_tenant(engine, scope, "Acme", thresholds=Thresholds())
-    approvals = Approvals(engine, clock, PARTITIONS, telemetry)
+    approvals = Approvals(engine, clock, Layouts.first(PARTITIONS), telemetry)
     made = Room(engine, scope, clock, telemetry, approvals, PostgresLedger(engine))
     yield made
     await set_policy(made)  # one that cannot be read would trouble whoever lists tenants later
@@ -534,7 +534,7 @@ async def test_the_expiry_loop_survives_a_server_that_is_away_and_stops_when_tol
 ) -> None:
     dead = create_engine("postgresql://nobody@127.0.0.1:1/nothing")
     stop = asyncio.Event()
-    absent = Approvals(dead, room.clock, PARTITIONS, room.telemetry)
+    absent = Approvals(dead, room.clock, Layouts.first(PARTITIONS), room.telemetry)
     with pytest.raises(DatabaseError):
         await absent.expire_due()
     task = asyncio.create_task(absent.run_expiry(stop, every_s=0.01))

@@ -20,6 +20,7 @@ import pytest
 
 from contracts.events import event_id_of
 from contracts.identity import Grant, Principal, Role
+from contracts.topology import Layouts
 from deploy import stream
 from deploy.runtime import SystemClock
 from governance.postgres import create_engine
@@ -282,7 +283,7 @@ async def test_a_commit_whose_process_died_before_it_published_is_delivered_by_t
     killed = fleet.kill_role("control")
     engine = create_engine(fleet.settings.need("database_url"), pool_size=1)
     try:
-        approvals = Approvals(engine, SystemClock(), fleet.settings.partitions, RecordingTelemetry())
+        approvals = Approvals(engine, SystemClock(), Layouts.first(fleet.settings.partitions), RecordingTelemetry())
         person = Principal("user:dead", "dead", frozenset({Grant(fleet.scope("acme").tenant_id, Role.APPROVER)}))
         for event_id in ids:
             await approvals.approve(person, fleet.scope("acme"), event_id, revision=1, reason="before it died")

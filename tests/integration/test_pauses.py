@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from contracts.failures import AuthorizationError, DatabaseError, NotKnownError
 from contracts.identity import EVERYWHERE, Grant, Principal, Role
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from deploy import stream
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.servers import ServerUrls
@@ -51,7 +52,7 @@ async def new_tenant(engine: AsyncEngine) -> TenantScope:
 
 async def test_a_pause_is_seen_within_its_time_and_so_is_its_end(engine: AsyncEngine) -> None:
     clock, ours, theirs = SteppingClock(), await new_tenant(engine), await new_tenant(engine)
-    desk, reader = PostgresPauses(engine, clock, 4), PostgresPauses(engine, clock, 4)
+    desk, reader = PostgresPauses(engine, clock, Layouts.first(4)), PostgresPauses(engine, clock, Layouts.first(4))
     assert await reader.doors([ours, theirs]) == [None, None]
     await desk.pause(ANN, ours, "doors", "an incident")
     clock.step(MAX_AGE_S)
@@ -71,7 +72,7 @@ async def test_a_pause_is_seen_within_its_time_and_so_is_its_end(engine: AsyncEn
 
 async def test_the_park_breaker_pauses_for_a_while_and_never_shortens_what_a_person_paused(engine: AsyncEngine) -> None:
     clock, scope = SteppingClock(), await new_tenant(engine)
-    desk = PostgresPauses(engine, clock, 4)
+    desk = PostgresPauses(engine, clock, Layouts.first(4))
     assert await desk.trip(scope, "too many parks", 120)
     assert await desk.trip(scope, "too many parks again", 120)
     (notice,) = await desk.doors([scope])
@@ -92,8 +93,8 @@ async def test_the_park_breaker_pauses_for_a_while_and_never_shortens_what_a_per
 async def test_while_postgresql_does_not_answer_the_last_answer_holds(servers: ServerUrls, engine: AsyncEngine) -> None:
     clock, scope = SteppingClock(), await new_tenant(engine)
     own = create_engine(servers.database, pool_size=1)
-    reader = PostgresPauses(own, clock, 4)
-    await PostgresPauses(engine, clock, 4).pause(ANN, scope, "doors", "an incident")
+    reader = PostgresPauses(own, clock, Layouts.first(4))
+    await PostgresPauses(engine, clock, Layouts.first(4)).pause(ANN, scope, "doors", "an incident")
     (before,) = await reader.doors([scope])
     gone = create_engine("postgresql://nobody:x@127.0.0.1:1/none")
     reader._engine = gone
@@ -101,14 +102,14 @@ async def test_while_postgresql_does_not_answer_the_last_answer_holds(servers: S
         clock.step(60)
         assert await reader.doors([scope]) == [before]
     with pytest.raises(DatabaseError):
-        await PostgresPauses(gone, clock, 4).doors([scope])
+        await PostgresPauses(gone, clock, Layouts.first(4)).doors([scope])
     await own.dispose()
 
 
 @pytest.mark.parametrize("place", ["scoring", "door", ""])
 async def test_only_a_person_pauses_only_what_there_is(engine: AsyncEngine, place: str) -> None:
     scope = await new_tenant(engine)
-    desk = PostgresPauses(engine, SteppingClock(), 4)
+    desk = PostgresPauses(engine, SteppingClock(), Layouts.first(4))
     with pytest.raises(NotKnownError):
         await desk.pause(ANN, scope, place, "why")
     with pytest.raises(NotKnownError):

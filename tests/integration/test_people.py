@@ -36,7 +36,7 @@ from contracts.failures import (
 )
 from contracts.identity import EVERYWHERE, Grant, Permission, Principal, Role
 from contracts.tenancy import TenantScope
-from contracts.topology import topology
+from contracts.topology import Layouts, topology
 from deploy.cli_people import attach
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.runtime import RandomIds, SystemClock
@@ -131,7 +131,9 @@ async def house(prepared: ServerUrls) -> AsyncIterator[House]:
     engine = create_engine(prepared.database, pool_size=8)
     management, clock = BrokerManagement(prepared.rabbitmq_management), SteppingClock()
     issuer = TokenIssuer(private=Ed25519PrivateKey.generate().private_bytes_raw())
-    ports = PeoplePorts(engine, clock, RandomIds(), Passwords(memory_kib=64, passes=1), 1, issuer, management)
+    ports = PeoplePorts(
+        engine, clock, RandomIds(), Passwords(memory_kib=64, passes=1), Layouts.first(1), issuer, management
+    )
     policy = PeoplePolicy(PEPPER, failed_login_s=0)
     directory = PostgresDirectory(engine, clock, PEPPER)
     credentials = Authenticator(directory, directory, issuer, clock)

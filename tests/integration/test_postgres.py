@@ -280,6 +280,7 @@ OF_NO_TENANT = {
     "api_keys",
     "replay_pace",  # one row, the pace of the whole installation
     "probes",  # of partitions
+    "layouts",  # the versions of the installation's queues
     "registry_transitions",  # the rules themselves: the same for everybody, and only the owner may write them
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pika
 import pytest
 
-from contracts.topology import stage_queue
+from contracts.topology import Layouts, stage_queue
 from deploy.runtime import SystemClock
 from governance.postgres import create_engine
 from governance.postgres.missing import PostgresMissing
@@ -34,7 +34,7 @@ async def reconciling(fleet: RunningFleet) -> AsyncIterator[tuple[Reconciler, Re
     publisher = RabbitPublisher(settings.need("rabbitmq_url"))
     await publisher.start()
     missing = PostgresMissing(engine)
-    made = Reconciler(missing, publisher, telemetry, SystemClock(), settings.partitions, POLICY)
+    made = Reconciler(missing, publisher, telemetry, SystemClock(), Layouts.first(settings.partitions), POLICY)
     working = asyncio.create_task(made.run())
     try:
         yield made, telemetry

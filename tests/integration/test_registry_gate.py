@@ -35,6 +35,7 @@ from contracts.ports import TenantProfile
 from contracts.state import Pin, Thresholds
 from contracts.telemetry import TRANSITIONS as TRANSITIONS_COUNTED
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from deploy.migrations.upgrade import role_of, upgrade
 from deploy.runtime import RandomIds, SystemClock
 from deploy.servers import ServerUrls
@@ -89,7 +90,9 @@ async def owner(database: ServerUrls) -> AsyncIterator[AsyncEngine]:
 
 @pytest.fixture
 def gate(engine: AsyncEngine) -> RegistryGate:
-    return RegistryGate(engine, SystemClock(), 4, SIGNER, dict.fromkeys(("model", "policy", "guardrail"), sound))
+    return RegistryGate(
+        engine, SystemClock(), Layouts.first(4), SIGNER, dict.fromkeys(("model", "policy", "guardrail"), sound)
+    )
 
 
 @pytest.fixture

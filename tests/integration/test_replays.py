@@ -18,7 +18,7 @@ from contracts.codec import entry_of
 from contracts.events import event_id_of, parse_event
 from contracts.messages import stage_message
 from contracts.state import EventState, begin
-from contracts.topology import stage_queue
+from contracts.topology import Layouts, stage_queue
 from tests.integration import test_gate_running as gate
 from tests.integration.fleet_fixture import ROOT, RunningFleet, eventually, some_events
 from tests.integration.test_gate_running import Operator
@@ -38,7 +38,7 @@ def misrouted(fleet: RunningFleet, events: list[dict[str, Any]]) -> list[EventSt
     with pika.BlockingConnection(pika.URLParameters(fleet.settings.need("rabbitmq_url"))) as connection:
         channel = connection.channel()
         for state in states:
-            message = stage_message(entry_of(state, "retrieval"), fleet.settings.partitions)
+            message = stage_message(entry_of(state, "retrieval"), Layouts.first(fleet.settings.partitions))
             queue = stage_queue("scoring", scope.partition(fleet.settings.partitions))
             channel.basic_publish("", queue, message.body, pika.BasicProperties(headers=dict(message.headers)))
     return states

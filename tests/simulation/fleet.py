@@ -29,6 +29,7 @@ from contracts.topology import (
     STAGES,
     UNROUTED,
     Binding,
+    Layouts,
     Stage,
     Topology,
     audit_queue,
@@ -250,17 +251,19 @@ class Process(Owner):
             stage_ports = StagePorts(ledger, Passing(f.registry, self))
             ports = RunnerPorts(passing_store, ledger, publisher, stage_ports, f.counts, self.clock, self.ids)
             policy = RunnerPolicy(retry=RetryPolicy((1_000, 5_000)))
-            runner = StageRunner(Stage(self.kind), ports, f.partitions, policy)
+            runner = StageRunner(Stage(self.kind), ports, Layouts.first(f.partitions), policy)
             self._consume([stage_queue(self.kind, p) for p in range(f.partitions)], runner.handle, probe)
         else:
             self._sink(publisher, probe)
 
     def _door(self, store: Any, publisher: Any, ledger: Any, probe: Callable[[], Awaitable[None]]) -> None:
         f = self.fleet
-        refusals = RefusalLog(RefusalCounter(RefusalPolicy(self.boot)), publisher, f.counts, self.clock, f.partitions)
+        refusals = RefusalLog(
+            RefusalCounter(RefusalPolicy(self.boot)), publisher, f.counts, self.clock, Layouts.first(f.partitions)
+        )
         directory = MemoryDirectory(f.database)
         ports = IntakePorts(store, publisher, ledger, f.counts, self.clock, self.ids, directory)
-        self.intake = Intake(ports, refusals, f.partitions)
+        self.intake = Intake(ports, refusals, Layouts.first(f.partitions))
         self._spawn(refusals.run(asyncio.Event()))
         if self.kind == "ingress":
             labels = LabelDesk(publisher, f.counts, self.clock, refusals)

@@ -53,6 +53,7 @@ from contracts.topology import (
     RUNGS,
     STAGES,
     WORK,
+    Layouts,
     Stage,
     audit_queue,
     first_rung,
@@ -303,11 +304,11 @@ def test_an_audit_record_survives_its_entry() -> None:
 
 def test_messages_between_stages_are_mandatory_carriers_with_ids_of_their_own() -> None:
     entry = entry_of(received(), Stage.RETRIEVAL)
-    message = stage_message(entry, 4)
+    message = stage_message(entry, Layouts.first(4))
     queue = stage_queue("retrieval", ACME.partition(4))
     assert (message.exchange, message.routing_key, message.message_id) == (WORK, queue, entry.message_id)
     assert message.headers == {CARRIER_HEADER: 1}
-    waiting = ladder_message(entry, 900, 4)
+    waiting = ladder_message(entry, 900, Layouts.first(4))
     assert (waiting.exchange, waiting.routing_key) == (rung_exchange("1s"), queue)
     assert (waiting.mandatory, waiting.persistent, waiting.body) == (True, True, message.body)
     assert waiting.message_id != message.message_id
@@ -324,7 +325,7 @@ def test_a_delay_takes_the_first_rung_that_waits_long_enough(delay: int, rung: s
 @given(st.lists(st.sampled_from([None, "acme", "globex", "initech"]), max_size=150))
 def test_audit_messages_hold_every_record_once_on_its_tenants_partition(tenants: list[str | None]) -> None:
     records = [AuditRecord(TenantScope(t) if t else None, f"{n:032x}", "", 0, "", b"{}") for n, t in enumerate(tenants)]
-    messages = audit_message(records, 4)
+    messages = audit_message(records, Layouts.first(4))
     found = []
     for message in messages:
         batch = [record_of_entry(e) for e in decode_carrier(message.body) if isinstance(e, Entry)]
@@ -334,7 +335,7 @@ def test_audit_messages_hold_every_record_once_on_its_tenants_partition(tenants:
         found += batch
     assert sorted(found, key=lambda r: r.record_id) == records
     assert len({message.message_id for message in messages}) == len(messages)
-    assert messages == audit_message(records, 4)
+    assert messages == audit_message(records, Layouts.first(4))
 
 
 def test_decisions_and_rejections_need_no_listener() -> None:

@@ -13,6 +13,7 @@ from contracts.outcomes import Decision, Outcome
 from contracts.settlement import failure_headers, letter_from, replays_of, undelivered_letters
 from contracts.state import EventState
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from governance.deadletters import Letter, LetterPolicy, Standing, dry_run, reach_of, why_not
 from tests.conformance.databases import AT, decided, received
 from workers.settling import park, park_bytes
@@ -57,7 +58,7 @@ async def test_a_dry_run_says_what_each_letter_would_come_to() -> None:
         (label, Standing()),
     ]
     judge = Judge(Outcome.APPROVED)
-    ran = await dry_run(found, judge, LetterPolicy(), 4)
+    ran = await dry_run(found, judge, LetterPolicy(), Layouts.first(4))
     assert [(each.result, each.now, each.then) for each in ran.results] == [
         ("decides", None, "APPROVED"),
         ("noop", "REJECTED", "REJECTED"),
@@ -71,12 +72,12 @@ async def test_a_dry_run_says_what_each_letter_would_come_to() -> None:
 
 async def test_a_dry_run_of_what_is_still_broken_says_so_and_a_server_s_failure_is_no_answer() -> None:
     found = [(of_state(received(ACME)), Standing())]
-    ran = await dry_run(found, Judge(ModelNotApprovedError()), LetterPolicy(), 4)
+    ran = await dry_run(found, Judge(ModelNotApprovedError()), LetterPolicy(), Layouts.first(4))
     assert (ran.results[0].result, "ModelNotApprovedError" in ran.results[0].why) == ("parks", True)
-    ran = await dry_run(found, Judge(ZeroDivisionError("their secret")), LetterPolicy(), 4)
+    ran = await dry_run(found, Judge(ZeroDivisionError("their secret")), LetterPolicy(), Layouts.first(4))
     assert (ran.results[0].result, "secret" in ran.results[0].why) == ("parks", False)
     with pytest.raises(DatabaseError):
-        await dry_run(found, Judge(DatabaseError()), LetterPolicy(), 4)
+        await dry_run(found, Judge(DatabaseError()), LetterPolicy(), Layouts.first(4))
 
 
 def test_a_park_after_a_replay_is_another_letter_and_keeps_its_count() -> None:
@@ -129,7 +130,7 @@ def test_bytes_of_another_release_wait_for_a_release_that_reads_them() -> None:
     entry = entry_of(state, "retrieval")
     newer = replace(entry, body=entry.body.replace(b'"schema":1', b'"schema":99'))
     assert newer.body != entry.body
-    why = why_not(of_state(state, body=encode_carrier((newer,))), 4)
+    why = why_not(of_state(state, body=encode_carrier((newer,))), Layouts.first(4))
     assert why is not None
     assert "cannot be decoded" in why
-    assert why_not(of_state(state), 4) is None
+    assert why_not(of_state(state), Layouts.first(4)) is None

@@ -16,7 +16,7 @@ from contracts.identity import PERMISSIONS, Permission
 from contracts.messages import decision_message
 from contracts.ports import DecisionRow
 from contracts.tenancy import TenantScope
-from contracts.topology import topology
+from contracts.topology import Layouts, topology
 from deploy.documents import DOCUMENTS, drifted, main, write
 from gateway.asyncapi import asyncapi
 from gateway.calls import Answer, Call, openapi, routes
@@ -133,7 +133,7 @@ def test_a_call_that_this_process_cannot_answer_is_neither_routed_nor_documented
     whole = WholeDoor()
     bare = whole.parts
     ports = HttpPorts(bare.directory, bare.directory, bare.ledger, bare.store, bare.ids)
-    calls = ingest_calls(bare.intake, ports, bare.refusals, health_door(), partitions=4)
+    calls = ingest_calls(bare.intake, ports, bare.refusals, health_door(), layouts=Layouts.first(4))
     assert not {call.path for call in calls} & {"/v1/labels", "/v1/simulate", "/v1/decisions"}
     document = openapi("t", "1", "a", calls)
     assert "Prefer" not in json.dumps(document)

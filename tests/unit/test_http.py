@@ -21,6 +21,7 @@ from contracts.identity import PERMISSIONS, Role
 from contracts.lifecycle import Status
 from contracts.ports import Confirm, DecisionRow
 from contracts.tenancy import TenantScope
+from contracts.topology import Layouts
 from gateway.health import HealthDoor, HealthReport, health_app, serve
 from gateway.http import HttpPorts, create_app, ingest_calls
 from resilience.monitor import MonitorPolicy, Readings, ServerReading, StageReading, judge
@@ -35,7 +36,9 @@ ORDER = event_id_of(ACME, "order-1")
 
 def app_on(parts: DoorParts, door: HealthDoor | None = None) -> Starlette:
     ports = HttpPorts(parts.directory, parts.directory, parts.ledger, parts.store, parts.ids)
-    return create_app(parts.intake, ports, parts.refusals, door or health_door(), partitions=parts.partitions)
+    return create_app(
+        parts.intake, ports, parts.refusals, door or health_door(), layouts=Layouts.first(parts.partitions)
+    )
 
 
 def client_of(app: Starlette) -> httpx.AsyncClient:
@@ -355,7 +358,11 @@ async def test_a_page_that_cannot_be_meant_is_422(whole: WholeDoor, query: str) 
 @pytest.mark.parametrize("role", Role)
 async def test_the_table_of_permissions_is_what_the_calls_go_by(whole: WholeDoor, role: Role) -> None:
     calls = ingest_calls(
-        whole.parts.intake, whole.ports, whole.parts.refusals, health_door(), partitions=whole.parts.partitions
+        whole.parts.intake,
+        whole.ports,
+        whole.parts.refusals,
+        health_door(),
+        layouts=Layouts.first(whole.parts.partitions),
     )
     headers = {"Authorization": f"Bearer rf_acme_{role.lower()}", "Content-Type": "application/json"}
     checked = 0

@@ -15,7 +15,7 @@ from contracts.ports import DeadLetter, Delivery, PauseNotice
 from contracts.settlement import Ack, Pause, Settlement
 from contracts.telemetry import PARK_BREAKS, Measurement
 from contracts.tenancy import TenantScope
-from contracts.topology import Stage, parked_queue
+from contracts.topology import Layouts, Stage, parked_queue
 from resilience.parks import ParkPolicy, StageParks, TenantParks, blocked_s, failed, parked, passed
 from tests.fakes import RecordingTelemetry, SteppingClock
 from tests.unit.test_runner import new_state
@@ -186,7 +186,9 @@ async def test_a_paused_stage_is_given_nothing_until_it_is_resumed() -> None:
 
 async def test_a_runner_tells_the_gate_of_failures_and_parks() -> None:
     heard = Heard()
-    failures = Failures(Stage.SCORING, RetryPolicy((100,)), 4, RecordingTelemetry(), SteppingClock(), heard)
+    failures = Failures(
+        Stage.SCORING, RetryPolicy((100,)), Layouts.first(4), RecordingTelemetry(), SteppingClock(), heard
+    )
     entry = entry_of(new_state(), Stage.SCORING)
     failures.fail(entry, ValueError("x"), Wave())
     assert heard == Heard(failures=[fingerprint(ValueError("x"))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
@@ -9,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.failures import InvalidWorkflowStateError
+from contracts.failures import MessagingFailureError
 from contracts.tenancy import TenantScope
-from contracts.topology import METRICS_QUEUE, STAGES, UNROUTED, VERSION, topology
-from resilience.partitioning import Drain, DrainPolicy, DrainState, Layout, Layouts, drain, moved
+from contracts.topology import RUNGS, STAGES, VERSION, Layout, Layouts, topology, topology_of
+from resilience.partitioning import Drain, DrainPolicy, DrainState, drain, moved
 from tests.unit.test_docs import table_of
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -27,7 +28,7 @@ def test_the_published_vectors_hold_on_either_side() -> None:
     for tenant, (on_four, on_eight) in VECTORS.items():
         scope = TenantScope(tenant)
         assert BOTH.of("v1").stage_queue("scoring", scope) == f"risk.v1.scoring.p{on_four:02d}"
-        assert BOTH.of(None).stage_queue("scoring", scope) == f"risk.v2.scoring.p{on_eight:02d}"
+        assert BOTH.newest.stage_queue("scoring", scope) == f"risk.v2.scoring.p{on_eight:02d}"
         assert BOTH.of("v2").audit_queue(scope) == f"risk.v2.audit.p{on_eight:02d}"
     assert V1.audit_queue(None) == "risk.v1.audit.p00"
 
@@ -43,25 +44,46 @@ def test_growing_moves_tenants_into_new_partitions_only(scope: TenantScope, befo
 
 def test_an_entry_stays_on_its_version_and_a_new_one_goes_to_the_newest() -> None:
     assert BOTH.of("v1") == V1
-    assert BOTH.of("v2") == BOTH.of(None) == BOTH.newest == V2
+    assert BOTH.of("v2") == BOTH.newest == V2
     assert BOTH.old == (V1,)
 
 
 def test_an_entry_of_a_version_that_does_not_run_is_never_put_elsewhere() -> None:
-    with pytest.raises(InvalidWorkflowStateError, match="does not run here"):
+    with pytest.raises(MessagingFailureError, match="not known here"):
         BOTH.of("v3")
 
 
 def test_a_worker_consumes_every_version() -> None:
-    queues = BOTH.queues("scoring")
-    assert queues[:4] == tuple(f"risk.v1.scoring.p0{p}" for p in range(4))
-    assert queues[4:] == tuple(f"risk.v2.scoring.p0{p}" for p in range(8))
+    queues = [queue for layout in BOTH.running for queue in layout.stage_queues("scoring")]
+    assert queues[:4] == [f"risk.v1.scoring.p0{p}" for p in range(4)]
+    assert queues[4:] == [f"risk.v2.scoring.p0{p}" for p in range(8)]
+
+
+def test_a_version_that_is_only_announced_is_consumed_and_takes_no_entry() -> None:
+    announced = Layouts((V1, V2), filling="v1")
+    assert announced.running == (V1, V2)
+    assert announced.newest == V1
+    assert announced.old == ()
+    assert Layouts((V1, V2), filling="v2").old == (V1,)
+    with pytest.raises(ValueError, match="does not run"):
+        Layouts((V1,), filling="v2")
 
 
 @pytest.mark.parametrize("partitions", [1, 4, 64])
-def test_what_must_drain_is_all_that_a_topology_has_but_what_may_be_lost(partitions: int) -> None:
-    whole = {queue.name for queue in topology(partitions).queues} - {METRICS_QUEUE, UNROUTED}
-    assert set(Layout(VERSION, partitions).work_queues()) == whole
+def test_what_must_drain_is_all_that_comes_with_a_version(partitions: int) -> None:
+    one, other = Layout(VERSION, 4), Layout("v2", partitions)
+    beside = {queue.name for queue in topology_of([one, other]).queues}
+    assert set(other.work_queues()) == beside - {queue.name for queue in topology(4).queues}
+    assert len(other.work_queues()) == 5 * partitions + len(RUNGS)
+
+
+def test_a_new_versions_queues_are_limited_by_the_policies_that_there_are() -> None:
+    assert topology_of([V1, V2]).policies == topology(4).policies
+    for queue in V2.work_queues():
+        twin = queue.replace("v2", "v1", 1)
+        ours, theirs = ([p.name for p in topology(4).policies if re.search(p.pattern, name)] for name in (queue, twin))
+        assert ours == theirs
+        assert len(ours) == 1
 
 
 def test_versions_share_no_queue() -> None:

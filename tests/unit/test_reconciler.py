@@ -15,7 +15,7 @@ from contracts.messages import next_probe, probe_message, probe_of
 from contracts.ports import Confirm, Delivery, EventKey, Message
 from contracts.state import EventState, begin
 from contracts.tenancy import TenantScope
-from contracts.topology import STAGES, audit_queue, stage_queue
+from contracts.topology import STAGES, Layouts, audit_queue, stage_queue
 from gateway.intake import rfc3339
 from governance.memory import MemoryAuditLog, MemoryDatabase
 from resilience.reconciler import Reconciler, ReconcilerPolicy, Watch
@@ -73,7 +73,9 @@ class Parts:
         async def sleep(seconds: float) -> None:
             self.clock.step(seconds)
 
-        return Reconciler(self.tables, self.publisher, self.telemetry, self.clock, PARTITIONS, POLICY, sleep=sleep)
+        return Reconciler(
+            self.tables, self.publisher, self.telemetry, self.clock, Layouts.first(PARTITIONS), POLICY, sleep=sleep
+        )
 
     def lose(self, name: str = "order-1", ago_s: float = 30, scope: TenantScope = ACME) -> EventKey:
         at = rfc3339(self.clock.now() - timedelta(seconds=ago_s))

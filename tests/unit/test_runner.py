@@ -30,6 +30,7 @@ from contracts.topology import (
     REJECTED,
     RUNGS,
     STAGES,
+    Layouts,
     Stage,
     delivery_rung,
     reply_queue,
@@ -81,6 +82,7 @@ class Fleet:
     clock: SteppingClock = field(default_factory=SteppingClock)
     ids: CountingIds = field(default_factory=CountingIds)
     telemetry: RecordingTelemetry = field(default_factory=RecordingTelemetry)
+    layouts: Layouts = field(default_factory=lambda: Layouts.first(1))
 
     def __post_init__(self) -> None:
         self._boots = 0
@@ -106,7 +108,7 @@ class Fleet:
         self.world.now_ms += int(seconds * 1000)
 
     def submit(self, state: EventState) -> None:
-        message = stage_message(entry_of(state, RETRIEVAL), 1)
+        message = stage_message(entry_of(state, RETRIEVAL), Layouts.first(1))
         self.broker.queues[message.routing_key].append(message.body)
 
     def take(self, stage: Stage) -> bytes:
@@ -163,7 +165,7 @@ class Worker:
         f = self.fleet
         stage_ports = StagePorts(f.ledger, f.registry)
         ports = RunnerPorts(self.store, f.ledger, f.broker, stage_ports, f.telemetry, f.clock, f.ids)
-        return StageRunner(stage, ports, partitions=1)
+        return StageRunner(stage, ports, f.layouts)
 
     async def deliver_all(self, stage: Stage, deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
         return await self.runner(stage).handle(deliveries)

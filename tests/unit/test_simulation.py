@@ -18,7 +18,7 @@ from contracts.outcomes import Decision
 from contracts.ports import ActiveSet, Delivery
 from contracts.state import EventState, SubjectHistory, begin
 from contracts.tenancy import TenantScope
-from contracts.topology import STAGES, Stage, stage_queue
+from contracts.topology import STAGES, Layouts, Stage, stage_queue
 from tests.fakes import CountingIds, RecordingTelemetry, SteppingClock
 from tests.fakes_state import DefaultsRegistry, StateWorld, TwinBroker, TwinLedger, TwinStateStore
 from workers.pipeline import PIPELINE
@@ -71,12 +71,16 @@ async def through_the_pipeline(event: Event, ledger: TwinLedger, registry: Defau
     broker, clock, ids = TwinBroker(), SteppingClock(), CountingIds()
     store = TwinStateStore(StateWorld())
     state = begin(ACME, "e" * 32, event, received_at="2026-01-31T12:00:00Z", source="http", correlation_id="c-1")
-    broker.queues[stage_queue(STAGES[0], 0)].append(stage_message(entry_of(state, Stage.RETRIEVAL), 1).body)
+    broker.queues[stage_queue(STAGES[0], 0)].append(
+        stage_message(entry_of(state, Stage.RETRIEVAL), Layouts.first(1)).body
+    )
     for stage in STAGES:
         ports = RunnerPorts(store, ledger, broker, StagePorts(ledger, registry), RecordingTelemetry(), clock, ids)
         queue = stage_queue(stage, 0)
         clock.step(1)
-        await StageRunner(stage, ports, partitions=1).handle([Delivery(queue, broker.queues[queue].popleft(), queue)])
+        await StageRunner(stage, ports, layouts=Layouts.first(1)).handle(
+            [Delivery(queue, broker.queues[queue].popleft(), queue)]
+        )
     decided = state_from_bytes(ledger.rows[ACME, "e" * 32].state).decided
     assert decided is not None
     return decided.decision

@@ -272,6 +272,16 @@ CREATE TABLE public.labels (
 
 ALTER TABLE ONLY public.labels FORCE ROW LEVEL SECURITY;
 
+CREATE TABLE public.layouts (
+    version integer NOT NULL,
+    partitions integer NOT NULL,
+    filling_from timestamp with time zone NOT NULL,
+    retired_at timestamp with time zone,
+    removed_at timestamp with time zone,
+    CONSTRAINT layouts_partitions CHECK (((partitions >= 1) AND (partitions <= 100))),
+    CONSTRAINT layouts_version CHECK (((version >= 1) AND (version <= 9999)))
+);
+
 CREATE TABLE public.letter_history (
     tenant text NOT NULL,
     letter_id text NOT NULL,
@@ -533,6 +543,9 @@ ALTER TABLE ONLY public.halts
 ALTER TABLE ONLY public.labels
     ADD CONSTRAINT labels_pkey PRIMARY KEY (tenant, label_id);
 
+ALTER TABLE ONLY public.layouts
+    ADD CONSTRAINT layouts_pkey PRIMARY KEY (version);
+
 ALTER TABLE ONLY public.letter_history
     ADD CONSTRAINT letter_history_pkey PRIMARY KEY (tenant, letter_id, number);
 
@@ -790,6 +803,12 @@ GRANT SELECT,INSERT ON TABLE public.events TO riskfleet_app;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE public.halts TO riskfleet_app;
 
 GRANT SELECT,INSERT ON TABLE public.labels TO riskfleet_app;
+
+GRANT SELECT,INSERT ON TABLE public.layouts TO riskfleet_app;
+
+GRANT UPDATE(retired_at) ON TABLE public.layouts TO riskfleet_app;
+
+GRANT UPDATE(removed_at) ON TABLE public.layouts TO riskfleet_app;
 
 GRANT SELECT,INSERT ON TABLE public.letter_history TO riskfleet_app;
 

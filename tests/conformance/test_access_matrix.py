@@ -108,7 +108,7 @@ class Surface:
             "model": "m",
             "event_id": "0" * 32,
         }
-        values |= {"user": "somebody", "key": "rfk_000000000000", "letter_id": "x", "request_id": "x"}
+        values |= {"user": "somebody", "key": "rfk_000000000000", "letter_id": "x", "request_id": "x", "place": "doors"}
         for name, value in values.items():
             path = path.replace(f"{{{name}}}", value)
         assert "{" not in path, f"give the matrix a value for {path}"

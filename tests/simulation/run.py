@@ -189,7 +189,7 @@ class Run:
 
     def _strike(self, process: Process, mode: Mode) -> None:
         if mode is Mode.PAUSE:
-            self.fleet.stop(process, LEASE_S + 5)
+            self.fleet.stop(process, LEASE_S + 20)  # long enough for another to take over
         else:
             self.fleet.kill(process, restart_s=1.0 if mode is Mode.RESTART else 60.0, known_dead=mode is Mode.RESTART)
 

@@ -132,7 +132,7 @@ MUTANTS: Final = (
     Mutant(
         "what another holds is settled",
         _RUNNER,
-        "            wave.messages.append(ladder_message(entry, claim.lease_ms, self._partitions))\n",
+        "            wave.messages.append(ladder_message(entry, claim.lease_ms, self._layouts))\n",
         "",
     ),
     Mutant(
@@ -144,7 +144,7 @@ MUTANTS: Final = (
     Mutant(
         "a suspect is dropped",
         _RUNNER,
-        "                wave.messages.append(stage_message(entry.evolve(suspect=True), self._partitions))\n",
+        "                wave.messages.append(stage_message(entry.evolve(suspect=True), self._layouts))\n",
         "",
     ),
     Mutant(

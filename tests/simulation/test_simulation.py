@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -17,6 +18,7 @@ import structlog
 
 from tests.simulation.campaign import Tally, plans_of, report, shrink, tally, told
 from tests.simulation.fleet import ALL_PLACES, KINDS, places_of
+from tests.simulation.mutants import MUTANTS, Mutant
 from tests.simulation.plans import Mode, number_of_pairs, random_plan, single_plans
 from tests.simulation.run import run
 
@@ -91,3 +93,11 @@ def test_a_failing_plan_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_places_are_named_once(kind: str) -> None:
     assert len(set(places_of(kind))) == len(places_of(kind)) > 3
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_planted_bug_still_has_its_place(mutant: Mutant) -> None:
+    root = Path(__file__).parents[2]
+    assert (root / mutant.file).read_text().count(mutant.old) == 1
+    assert mutant.new != mutant.old
+    assert all((root / test).exists() for test in mutant.tests.split())

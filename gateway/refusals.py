@@ -57,6 +57,11 @@ class RefusalCounter:
         self._open_from: datetime | None = None
         self.latest: datetime | None = None
 
+    @property
+    def open_from(self) -> datetime | None:
+        """Every second before this one is closed; None before the first `take`."""
+        return self._open_from
+
     def note(self, scope: TenantScope | None, problem: str, door: str, now: datetime) -> None:
         """Count one refusal; `scope` None is the system chain."""
         source = _Source(scope, problem, door)
@@ -70,12 +75,19 @@ class RefusalCounter:
         self._counts[source, second] = self._counts.get((source, second), 0) + 1
 
     def take(self, now: datetime, *, final: bool = False) -> tuple[AuditRecord, ...]:
-        """Close the seconds before `now` (the current one too when `final`) and return their records, once."""
+        """Close the seconds before `now` (the current one too when `final`) and return their records, once.
+
+        When the clock went back, the seconds go on from where they were, one with each call: nobody waits an hour for
+        the clock to come there again.
+        """
         limit = now.replace(microsecond=0) + (_SECOND if final else timedelta())
+        reached = max(self._open_from or limit, *(second for _, second in self._counts), limit)
+        if reached > limit:
+            limit = reached + (_SECOND if self._counts else timedelta())
         closed = sorted(
             (key for key in self._counts if final or key[1] < limit), key=lambda key: (key[1], key[0].problem)
         )
-        self._open_from = max(limit, self._open_from or limit)
+        self._open_from = limit
         records = tuple(self._record(source, second, self._counts.pop((source, second))) for source, second in closed)
         self._last = {source: second for source, second in self._last.items() if (source, second) in self._counts}
         return records
@@ -127,9 +139,8 @@ class RefusalLog:
     async def flush(self, *, final: bool = False) -> int:
         """Publish the records of closed seconds; returns how many still wait for a confirm."""
         if not self._pending or final:  # while the broker is away nothing is closed, so memory stays bounded
-            now = self._clock.now()
-            self._pending += self._counter.take(now, final=final)
-            self._taken = max(self._taken, now.replace(microsecond=0) + (_SECOND if final else timedelta()))
+            self._pending += self._counter.take(self._clock.now(), final=final)
+            self._taken = max(self._taken, self._counter.open_from or self._taken)
         taken = self._taken
         messages = audit_message(self._pending, self._layouts)
         if not messages:

@@ -660,3 +660,17 @@ def test_no_naughty_string_in_any_place_is_more_than_an_event_or_a_client_error(
     stored = {published_entry(parts, index).body for index in range(len(parts.publisher.messages))}
     assert len(stored) > len(strings)
     assert all(canonical_json(json.loads(body)) == body for body in stored)
+
+
+def test_a_clock_that_goes_back_keeps_no_refusal_waiting_for_it() -> None:
+    """A refused delivery is held until its second is closed; an hour back would hold it for an hour."""
+    counter = RefusalCounter(RefusalPolicy(boot="b" * 32))
+    noon = SteppingClock().moment
+    assert counter.take(noon) == ()
+    counter.note(ACME, "invalid-event", "amqp", noon)
+    back = noon - timedelta(hours=1)
+    records = [record for second in range(3) for record in counter.take(back + timedelta(seconds=second))]
+    assert len(records) == 1
+    counter.note(ACME, "invalid-event", "amqp", back)
+    records += [record for second in range(3) for record in counter.take(back + timedelta(seconds=second))]
+    assert len({record.record_id for record in records}) == 2  # no second is closed twice

@@ -121,14 +121,18 @@ MUTANTS: Final = (
         "        if cell is None:\n"
         "            self.server.put(key, Cell(m.version, m.digest, m.body_digest, m.stored))\n"
         "            return True\n        if (cell.lock, cell.version, cell.digest)",
+        "tests/unit/test_memory_state_store.py tests/unit/test_state_machines.py tests/unit/test_runner.py",
     ),
     Mutant(
         "a numeric fence in place of the token",
         _STORE,
         "if (cell.lock, cell.version, cell.digest) == (m.token, m.expected_version, m.expected_digest):",
         "if cell.version == m.expected_version or m.version >= cell.version:",
+        "tests/unit/test_memory_state_store.py tests/unit/test_state_machines.py tests/unit/test_runner.py",
     ),
-    Mutant("who lost the lock is settled", _RUNNER, "wave.lost.append(item.entry)", "pass"),
+    Mutant(
+        "who lost the lock is settled", _RUNNER, "wave.lost.append(item.entry)", "pass", "tests/unit/test_runner.py"
+    ),
     Mutant(
         "what another holds is settled",
         _RUNNER,
@@ -140,6 +144,7 @@ MUTANTS: Final = (
         _RUNNER,
         "return 0 if item.owes_trail or self._stage is Stage.RETRIEVAL else item.state.n + 1",
         "return 0 if self._stage is Stage.RETRIEVAL else item.state.n + 1",
+        "tests/unit/test_runner.py",
     ),
     Mutant(
         "a suspect is dropped",

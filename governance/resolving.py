@@ -39,6 +39,9 @@ from governance.deadletters import (
     state_of,
 )
 
+MAX_REQUESTS: Final = 100
+"""Requests for a second person that are listed at once."""
+
 
 def person_of(caller: Principal) -> str:
     """Who answers for a command. Raises AuthorizationError for a credential that nobody answers for."""

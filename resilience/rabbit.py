@@ -268,7 +268,6 @@ class RabbitConsumer:
         except _CLIENT_ERRORS as error:
             raise MessagingFailureError(f"cannot consume {queue} yet ({type(error).__name__})") from error
         self._queues.append(queue)
-        self._subscribers[queue] = subscriber
 
     async def drop_queue(self, queue: str) -> None:
         """Take nothing more from a queue until it is added again; what it delivered already is worked on."""

@@ -59,6 +59,7 @@ from governance.memory.ledger import DECISIONS, EVENTS
 from governance.memory.records import DEAD_LETTERS, StoredLetter, close_letters, enqueue
 from governance.postgres.cursors import decode_cursor, encode_cursor
 from governance.resolving import (
+    MAX_REQUESTS,
     act_record,
     check_alone,
     check_answer,
@@ -73,8 +74,6 @@ from governance.resolving import (
     request_record,
     stamp,
 )
-
-_MAX_REQUESTS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +404,7 @@ class MemoryLetterDesk:
 
         def work(tx: Transaction) -> RequestList:
             rows = sorted(tx.rows(LETTER_REQUESTS), key=lambda row: (row.requested_at, row.request_id), reverse=True)
-            return RequestList(requests=tuple(_document(tx, row, now, short=True) for row in rows[:_MAX_REQUESTS]))
+            return RequestList(requests=tuple(_document(tx, row, now, short=True) for row in rows[:MAX_REQUESTS]))
 
         return await self._database.run(self._scopes(reach), work)
 

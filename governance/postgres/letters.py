@@ -69,6 +69,7 @@ from governance.postgres.directory import tenant_ids
 from governance.postgres.engine import columns, transaction
 from governance.postgres.outbox import enqueue, enqueue_records
 from governance.resolving import (
+    MAX_REQUESTS,
     act_record,
     check_alone,
     check_answer,
@@ -83,8 +84,6 @@ from governance.resolving import (
     request_record,
     stamp,
 )
-
-MAX_REQUESTS: Final = 100
 
 _WANTED: Final = """
     tenant = ANY(CAST(:tenant AS text[]))

@@ -199,13 +199,13 @@ def evidence_of(name: str, total: Tally, start: int, stop: int, seconds: float) 
     }
 
 
-def write(parts: Sequence[dict[str, object]], command: str) -> None:
+def write(parts: Sequence[dict[str, object]]) -> None:
     """Put parts into the evidence file, in place of those of the same campaign and range."""
     known = orjson.loads(EVIDENCE.read_bytes())["parts"] if EVIDENCE.exists() else []
     mine = {(part["campaign"], part["from"], part["to"]) for part in parts}
     kept = [part for part in known if (part["campaign"], part["from"], part["to"]) not in mine]
     document = {
-        "command": command,
+        "command": "python -m tests.simulation.campaign --only CAMPAIGN --from FROM --to TO; all of it: make simulate",
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "at": time.strftime("%Y-%m-%d"),
         "parts": [*kept, *parts],
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         broken = broken or bool(total.failed or vacuous)
         parts.append(evidence_of(name, total, start, stop, seconds))
     if not chosen.no_evidence:
-        write(parts, "make simulate")
+        write(parts)
     return 1 if broken else 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from random import Random
@@ -30,6 +29,7 @@ from contracts.topology import (
     UNROUTED,
     Binding,
     Layouts,
+    Queue,
     Stage,
     Topology,
     audit_queue,
@@ -55,7 +55,7 @@ from resilience.memory.consumer import MemoryConsumer
 from resilience.memory.state_store import MemoryRedis, MemoryStateStore
 from resilience.rabbit import ConsumerPolicy, Handler, PausePolicy
 from resilience.redis import StatePolicy
-from tests.simulation.loop import OWNER, Life, Owner, VirtualLoop
+from tests.simulation.loop import Life, Owner, VirtualLoop
 from workers.runner import RunnerPolicy, RunnerPorts, StageRunner
 from workers.settling import RetryPolicy
 from workers.sinks.audit import AuditSink
@@ -101,7 +101,6 @@ ALL_PLACES: Final = tuple((kind, place) for kind in KINDS for place in places_of
 """Every failpoint: a kind of process, and a place in it."""
 
 
-@dataclass
 class Counts:
     """What happened, for reports and for the question whether a run bit at all."""
 
@@ -426,11 +425,6 @@ class Fleet:
 
 
 def _observed(tenant: TenantScope) -> Topology:
-    from contracts.topology import Queue
-
     name = f"up.{tenant}.all"
     keys = (Binding(DECISIONS, name, f"{tenant}.#"), Binding(REJECTED, name, f"{tenant}.#"))
     return Topology((), (Queue(name),), keys, ())
-
-
-__all__ = ["ALL_PLACES", "KINDS", "LEASE_S", "OWNER", "START", "TENANTS", "Fleet", "Process", "places_of"]

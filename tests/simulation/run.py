@@ -23,6 +23,9 @@ from contracts.ports import Confirm, Message
 from contracts.tenancy import TenantScope
 from contracts.topology import INGEST, STAGES, WORK, stage_queue
 from gateway.intake import Admission, Refusal, Submission
+from governance.memory.audit import RECORDS
+from governance.memory.ledger import DECISIONS
+from governance.memory.records import DEAD_LETTERS
 from tests.simulation.fleet import LEASE_S, TENANTS, Fleet, Process
 from tests.simulation.loop import Life, VirtualLoop
 from tests.simulation.oracle import Answered, Observed, orphans, violations
@@ -79,16 +82,18 @@ class Run:
 
     def _counted(self) -> dict[str, int]:
         fleet = self.fleet
-        rows = [tuple(fleet.database.contents(table)) for table in _tables()]
+        decided, records, letters = (
+            len(fleet.database.contents(table)) for table in (DECISIONS, RECORDS, DEAD_LETTERS)
+        )
         return {
             **{name.removeprefix("riskfleet_"): n for name, n in fleet.counts.metrics.items()},
             **{f"fault {name}": n for name, n in fleet.counts.faults.items()},
             "deliveries": fleet.deliveries,
             "redelivered": fleet.redelivered,
             "accepted": sum(answer.accepted for answer in self.answers),
-            "decided": len(rows[0]),
-            "records": len(rows[1]),
-            "letters": len(rows[2]),
+            "decided": decided,
+            "records": records,
+            "letters": letters,
             "orphans": orphans(self._observed()),
         }
 
@@ -286,14 +291,6 @@ def _groups(sent: Sequence[Sent]) -> list[list[Sent]]:
 
 def _busy(name: str, depth: Any) -> bool:
     return not name.startswith("up.") and depth.ready + depth.unacked + depth.stuck > 0
-
-
-def _tables() -> tuple[Any, ...]:
-    from governance.memory.audit import RECORDS
-    from governance.memory.ledger import DECISIONS
-    from governance.memory.records import DEAD_LETTERS
-
-    return DECISIONS, RECORDS, DEAD_LETTERS
 
 
 def run(plan: Plan) -> Result:

@@ -82,18 +82,15 @@ class Run:
 
     def _counted(self) -> dict[str, int]:
         fleet = self.fleet
-        decided, records, letters = (
-            len(fleet.database.contents(table)) for table in (DECISIONS, RECORDS, DEAD_LETTERS)
-        )
         return {
             **{name.removeprefix("riskfleet_"): n for name, n in fleet.counts.metrics.items()},
             **{f"fault {name}": n for name, n in fleet.counts.faults.items()},
             "deliveries": fleet.deliveries,
             "redelivered": fleet.redelivered,
             "accepted": sum(answer.accepted for answer in self.answers),
-            "decided": decided,
-            "records": records,
-            "letters": letters,
+            "decided": len(fleet.database.contents(DECISIONS)),
+            "records": len(fleet.database.contents(RECORDS)),
+            "letters": len(fleet.database.contents(DEAD_LETTERS)),
             "orphans": orphans(self._observed()),
         }
 

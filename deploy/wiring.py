@@ -54,6 +54,8 @@ Queues = Sequence[str] | Callable[[Layout], Sequence[str]]
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
 _ANSWER_S = 3.0  # below the health port's own 5 s, so that a server that is away is named
+# A refusal stays unacked until the record of its second is confirmed: a queue answers about so many in 1.5 s.
+_INGEST_PREFETCH = 512
 _SINK_PREFETCH, _SINK_GROUP, _SINK_LINGER_S = 512, 1_024, 0.05
 
 
@@ -300,7 +302,8 @@ async def run_ingress(settings: Settings) -> None:
         refusals, intake = _doors(k, PostgresLedger(k.engine), directory)
         labels, standing = LabelDesk(k.publisher, k.telemetry, k.clock, refusals), pauses(k)
         ingress = Ingress(intake, labels, directory, k.publisher, refusals, k.clock, k.ids, standing)
-        consumer = _consumer(k, [UNROUTED], ingress.handle)
+        policy = ConsumerPolicy(max(k.settings.prefetch, _INGEST_PREFETCH), k.settings.group)
+        consumer = _consumer(k, [UNROUTED], ingress.handle, policy)
         stop = stop_signal()
         await consumer.start()
         async with background(

@@ -13,9 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from deploy.native import find_binaries
 from deploy.servers import NativeServers, ServerUrls
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A test that configures logging, as a process does at its start, leaves the others their own."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
 
 _SEAM = ("DATABASE_URL", "MIGRATION_DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "RABBITMQ_MANAGEMENT_URL")
 

@@ -115,7 +115,9 @@ _DUE: Final = text(
 _LEAVE_TO_PEOPLE: Final = text(
     "UPDATE approvals SET expires_at = NULL WHERE tenant = :tenant AND event_id = :event_id AND revision = :revision"
 )
-_HALTED: Final = text("SELECT EXISTS (SELECT FROM halts WHERE tenant = ANY (ARRAY[:tenant, '*']))")
+_HALTED: Final = text(
+    "SELECT EXISTS (SELECT FROM halts WHERE tenant = ANY (ARRAY[:tenant, '*']) AND model = ANY (ARRAY['*', :model]))"
+)
 _VOTES: Final = text(
     """
     SELECT person, vote, reason, voted_at FROM approval_votes
@@ -527,7 +529,8 @@ class Approvals:
                 return False
             held = _Held(connection, scope, row, now)
             outcome = Outcome(row.expiry_outcome)
-            halted = bool((await connection.execute(_HALTED, key)).scalar_one())
+            decided = parse_decision(bytes((await connection.execute(_CURRENT, held.key)).one().decision))
+            halted = bool((await connection.execute(_HALTED, key | {"model": _model_name(decided)})).scalar_one())
             if for_people_only(row.reasons, outcome, row.approvers_needed, halted=halted):
                 await connection.execute(_LEAVE_TO_PEOPLE, held.key)
                 log.warning("approval_left_to_people", tenant=scope.tenant_id, event_id=event_id)
@@ -638,6 +641,11 @@ def _proof(decision: Decision) -> dict[str, str | int]:
         "decided_revision": decision.revision,
         "decision_digest": hashlib.sha256(body).hexdigest(),
     }
+
+
+def _model_name(decision: Decision) -> str:
+    model = decision.versions.get("model") or {}
+    return str(model.get("name", ""))
 
 
 def _traceparent(state: bytes) -> str | None:

@@ -190,9 +190,12 @@ async def test_a_halted_model_halts_where_it_decides(database: Bench, scope: Ten
     name = "m" + secrets.token_hex(8)
     await database.register(scope, name, content(), at="risk:login")
     await database.halt(None if everywhere else scope, name)
-    assert (await active(database, scope)).halted
-    assert not (await active(database, scope, "payment.card")).halted
-    assert not (await active(database, fresh_scope())).halted
+    try:
+        assert (await active(database, scope)).halted
+        assert not (await active(database, scope, "payment.card")).halted
+        assert not (await active(database, fresh_scope())).halted
+    finally:
+        await database.halt(None if everywhere else scope, name, lift=True)
 
 
 async def test_a_halt_of_a_model_that_may_not_decide_halts_nothing(database: Bench, scope: TenantScope) -> None:

@@ -100,6 +100,11 @@ class Room:
                 found += [orjson.loads(entry.body) for entry in decode_carrier(message.body)]  # type: ignore[union-attr]
         return found
 
+    async def model_of(self, state: EventState) -> str:
+        """The model that its decision stands on."""
+        (row,) = await self.rows("SELECT decision FROM decisions WHERE event_id = :e", e=state.event_id)
+        return str(orjson.loads(row.decision)["versions"]["model"]["name"])
+
     async def revisions(self, event_id: str) -> list[tuple[Any, ...]]:
         sql = "SELECT revision, outcome, decided_by, decider, superseded_by FROM decisions WHERE event_id = :e"
         return [tuple(row) for row in await self.rows(f"{sql} ORDER BY revision", e=event_id)]
@@ -453,7 +458,9 @@ async def test_an_expiry_and_a_person_at_the_same_moment_are_one_decision(room: 
     assert len({message.message_id for message in await room.messages()}) == 20
 
 
-@pytest.mark.parametrize("held", ["halt", "halt everywhere", "four eyes", "auto_reject off", "halted when decided"])
+@pytest.mark.parametrize(
+    "held", ["halt", "halt everywhere", "halt of its model", "four eyes", "auto_reject off", "halted when decided"]
+)
 async def test_time_alone_approves_nothing_that_was_held_for_a_person(room: Room, held: str) -> None:
     """Fail closed: it stays open for people, and out of the way of those that may expire."""
     await set_policy(room, expiry_s=50, expiry_outcome="APPROVED")
@@ -465,21 +472,33 @@ async def test_time_alone_approves_nothing_that_was_held_for_a_person(room: Room
         "halted when decided": "reasons = ARRAY['R1', 'HALTED']",
     }
     where = "*" if held == "halt everywhere" else room.scope.tenant_id
+    model = await room.model_of(late) if held == "halt of its model" else "*"
     if held in changes:
         await rows(
             room.engine, [room.scope], f"UPDATE approvals SET {changes[held]} WHERE event_id = :e RETURNING 1", **key
         )
     else:
-        await halt(room, where)
+        await halt(room, where, model)
     try:
         assert await room.approvals.expire_due() == 0
     finally:
-        await halt(room, where, clear=True)
+        await halt(room, where, model, clear=True)
     assert len(await room.revisions(late.event_id)) == 1
     (row,) = await rows(
         room.engine, [room.scope], "SELECT status, expires_at FROM approvals WHERE event_id = :e", **key
     )
     assert (row.status, row.expires_at) == ("open", None)
+
+
+async def test_a_halt_of_another_model_holds_no_approval(room: Room) -> None:
+    await set_policy(room, expiry_s=50, expiry_outcome="APPROVED")
+    late = await room.waiting("late")
+    await halt(room, "*", "another")
+    try:
+        await room.approvals.expire_due()
+    finally:
+        await halt(room, "*", "another", clear=True)
+    assert [row[1] for row in await room.revisions(late.event_id)] == ["REQUIRE_APPROVAL", "APPROVED"]
 
 
 async def test_approvals_that_cannot_expire_do_not_starve_those_behind_them(room: Room, database: ServerUrls) -> None:
@@ -500,14 +519,15 @@ async def test_approvals_that_cannot_expire_do_not_starve_those_behind_them(room
     await rows(room.engine, [room.scope], later, ids=ids)
 
 
-async def halt(room: Room, where: str, *, clear: bool = False) -> None:
-    """Set or clear a halt of a tenant, or everywhere (*)."""
+async def halt(room: Room, where: str, model: str = "*", *, clear: bool = False) -> None:
+    """Set or clear a halt of a model or of all (*), of a tenant or everywhere (*)."""
+    sql = (
+        "DELETE FROM halts WHERE tenant = :tenant AND model = :model"
+        if clear
+        else "INSERT INTO halts (tenant, model, reason, set_by, set_at) VALUES (:tenant, :model, 'test', 'test', now())"
+    )
     async with transaction(room.engine, [room.scope], shared=True) as connection:
-        if clear:
-            await connection.execute(text("DELETE FROM halts WHERE tenant = :tenant"), {"tenant": where})
-        else:
-            sql = "INSERT INTO halts (tenant, reason, set_by, set_at) VALUES (:tenant, 'test', 'test', now())"
-            await connection.execute(text(sql), {"tenant": where})
+        await connection.execute(text(sql), {"tenant": where, "model": model})
 
 
 async def test_one_approval_that_cannot_be_read_does_not_keep_the_others_open(room: Room, database: ServerUrls) -> None:

@@ -152,7 +152,7 @@ def decided(state: EventState, outcome: Outcome = Outcome.APPROVED, score: float
         reasons=(Reason(code="R1", text="amount", weight=3.5), Reason(code="R2", text="age", weight=1)),
         policy=policy,
         guardrails=(),
-        versions={"schema": 1},
+        versions={"schema": 1, "model": {"name": "sample", "version": 1, "digest": "0" * 64}},
         decided_at=AT,
     )
     first = state.transition(

@@ -81,6 +81,9 @@ class RefusalCounter:
         the clock to come there again.
         """
         limit = now.replace(microsecond=0) + (_SECOND if final else timedelta())
+        if not self._counts:
+            self._open_from = max(self._open_from or limit, limit)
+            return ()
         reached = max(self._open_from or limit, *(second for _, second in self._counts), limit)
         if reached > limit:
             limit = reached + (_SECOND if self._counts else timedelta())

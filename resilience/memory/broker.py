@@ -200,14 +200,14 @@ class MemoryBroker:
             re.compile(policy.pattern)
             limits_of(policy.definition, "quorum")
             self._policies[policy.name] = policy
-        for queue in wanted.queues:
-            self.declare(queue.name, queue.type)
-        for binding in wanted.bindings:
-            self.bind(binding)
         if wanted.policies:
             for existing in self._queues.values():
                 existing.limits = self._limits(existing.name, existing.kind)
                 self._tend(existing)
+        for queue in wanted.queues:
+            self.declare(queue.name, queue.type)
+        for binding in wanted.bindings:
+            self.bind(binding)
         return len(wanted.exchanges) + len(wanted.policies) + len(wanted.queues) + len(wanted.bindings)
 
     def _declare_exchange(self, wanted: Exchange) -> None:

@@ -189,7 +189,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         active = self._active
         while not active:
             self._pass_time()
-        place = self._random.randrange(len(active)) if len(active) > 1 else 0
+        place = int(self._random.random() * len(active)) if len(active) > 1 else 0
         owner = active[place]
         if owner.life is not Life.RUNNING or not owner.ready:
             active[place] = active[-1]

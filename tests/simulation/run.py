@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ from tests.simulation.plans import LONGEST_S, Fault, Mode, Plan, Sent, Strike
 
 DEADLINE_S: Final = 900.0
 _CLIENT_TIMEOUT_S: Final = 8.0
+_RUNS: Final = itertools.count()
+_COLLECT_EVERY: Final = 16
 
 
 @dataclass
@@ -298,13 +301,12 @@ def run(plan: Plan) -> Result:
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     collecting = gc.isenabled()
     gc.disable()
-    if not gc.get_freeze_count():  # what is there for good need not be looked through after every run
-        gc.collect()
-        gc.freeze()
     try:
         return Run(plan).result()
     finally:
-        gc.collect()
+        if next(_RUNS) % _COLLECT_EVERY == 0:
+            gc.collect()
+            gc.freeze()  # what is there for good need not be looked through again
         sys.unraisablehook = hook
         if collecting:
             gc.enable()

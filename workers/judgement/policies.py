@@ -10,14 +10,15 @@ Promises: a rule that raises, or gives something that is not a bool, is FAIL wit
 is bounded: length, nesting, number of rules, and one comprehension (`all`, `exists`, …) an expression. A rule may bring
 its own test cases, which `check_policy` runs before a version is submitted.
 
-For speed rules are run in groups, as one list of their expressions; when one of a group raises, each of it is run
-alone, so that the answer is that of each rule by itself. A group whose rules all begin with the same test of
-`event.type`, `event.kind`, or of there being an attribute, an amount or a score is skipped when that test is false.
+For speed a rule is not run when a plain test at its beginning (`event.type == 'x'`, `has(event.amount)`,
+`'x' in event.attributes`, `event.amount.value > 10.0`, …) is false for this event, and nothing before that test could
+raise: then the rule is false by CEL's own rules. Tests that cannot be told here are left to CEL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -37,12 +38,10 @@ POLICY_ERROR = "POLICY_ERROR"
 MAX_EXPRESSION = 2_000
 MAX_NESTING = 24
 
-MAX_GROUP = 50
-"""Rules that are run as one: when one of them raises, so many are run again."""
-
-_GUARD: Any = re2.compile(
-    r"\s*(event\.(?:type|kind) == '[a-z0-9_.]*'|'[A-Za-z0-9_]+' in event\.attributes|has\(event\.amount\)"
-    r"|has\(risk\.score\))\s*&&"
+_PATH = r"(?:event|history|risk)(?:\.[A-Za-z_][A-Za-z0-9_]*){1,3}"
+_ATOMS: Any = re2.compile(
+    rf"(?:has\(((?:event|history|risk|event\.attributes)\.[A-Za-z_][A-Za-z0-9_]*)\)|'([A-Za-z0-9_]+)' in event\.attributes"
+    rf"|({_PATH}) (==|!=|<|<=|>|>=) (?:'([^'\\]*)'|(-?[0-9]+\.[0-9]+)))"
 )
 _COMPREHENSION: Any = re2.compile(r"\b(?:all|exists|exists_one|map|filter)\b")
 _PREFIXES: Any = re2.compile(r"[!-](?:\s*[!-]){7}")
@@ -77,10 +76,11 @@ class PolicySet(Content):
 
 @dataclass(frozen=True, slots=True)
 class CompiledRule:
-    """A rule and its CEL program."""
+    """A rule, its CEL program, and the plain tests that it begins with."""
 
     rule: Rule
     program: Any
+    atoms: tuple[Atom, ...] = ()
 
 
 def load_policy(artifact: Artifact) -> tuple[CompiledRule, ...]:
@@ -93,7 +93,7 @@ def _load(key: ContentKey) -> tuple[CompiledRule, ...]:
     rules = read(PolicySet, key).rules
     if len({rule.id for rule in rules}) != len(rules):
         raise InvalidModelStateError(f"{key.name} has two rules of one id")
-    return tuple(CompiledRule(rule, _compile(rule, key.name)) for rule in rules)
+    return tuple(CompiledRule(rule, _compile(rule, key.name), atoms_of(rule.when)) for rule in rules)
 
 
 def _compile(rule: Rule, name: str) -> Any:
@@ -147,57 +147,117 @@ _PLAIN_EVENT: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class RuleGroup:
-    """Rules (by position) that are run as one; `guard` is the text of the test that all of them begin with."""
+class Atom:
+    """A plain test: `path` is there (compare "has"), or compares with `literal`."""
 
-    guard: str
+    path: str
+    compare: str
+    literal: str | float = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Tests of one path that differ in their literal only, sorted by it; `places` are all rules behind them."""
+
+    path: str
+    compare: str
+    kind: type
+    literals: tuple[Any, ...]
+    nodes: tuple[Node, ...]
     places: tuple[int, ...]
-    program: Any
+
+    def true_for(self, value: Any) -> tuple[Node, ...]:
+        """The nodes whose test is true for a value of the family's own type."""
+        low, high = bisect_left(self.literals, value), bisect_right(self.literals, value)
+        match self.compare:
+            case "==":
+                return self.nodes[low:high]
+            case "!=":
+                return self.nodes[:low] + self.nodes[high:]
+            case "<":
+                return self.nodes[high:]
+            case "<=":
+                return self.nodes[low:]
+            case ">":
+                return self.nodes[:low]
+            case _:
+                return self.nodes[:high]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Rules (by position) whose plain tests are all true here, and the tests that other rules make next."""
+
+    places: tuple[int, ...]
+    families: tuple[Family, ...]
+
+
+def _node(rules: Sequence[tuple[int, tuple[Atom, ...]]]) -> Node:
+    by_family: dict[tuple[str, str, type], dict[str | float, list[tuple[int, tuple[Atom, ...]]]]] = {}
+    for place, atoms in rules:
+        if atoms:
+            key = (atoms[0].path, atoms[0].compare, type(atoms[0].literal))
+            by_family.setdefault(key, {}).setdefault(atoms[0].literal, []).append((place, atoms[1:]))
+    families = []
+    for (path, compare, kind), members in by_family.items():
+        literals = tuple(sorted(members, key=lambda literal: (str(literal), 0.0) if kind is str else ("", literal)))
+        nodes = tuple(_node(members[literal]) for literal in literals)
+        places = tuple(place for listed in members.values() for place, _ in listed)
+        families.append(Family(path, compare, kind, literals, nodes, places))
+    return Node(tuple(place for place, atoms in rules if not atoms), tuple(families))
+
+
+def _to_run(node: Node, values: Mapping[str, Any]) -> Iterator[int]:
+    """The rules that are not known to be false, in no order."""
+    yield from node.places
+    for family in node.families:
+        value = values.get(family.path, _ABSENT)
+        if family.compare == "has":
+            if value is not _ABSENT:
+                yield from _to_run(family.nodes[0], values)
+        elif type(value) is not family.kind:
+            yield from family.places  # absent or of another type: CEL says what that means
+        else:
+            for each in family.true_for(value):
+                yield from _to_run(each, values)
 
 
 @lru_cache(maxsize=CACHED_VERSIONS)
-def _groups(key: ContentKey) -> tuple[RuleGroup, ...]:
-    import cel  # late, as above
-
-    by_guard: dict[str, list[int]] = {}
-    rules = _load(key)
-    for place, each in enumerate(rules):
-        by_guard.setdefault(_guard(each.rule.when), []).append(place)
-    groups = []
-    for guard, members in by_guard.items():
-        for start in range(0, len(members), MAX_GROUP):
-            places = tuple(members[start : start + MAX_GROUP])
-            # A line of its own ends a comment; each was compiled alone, so its brackets are its own.
-            listed = ",".join(f"({rules[place].rule.when}\n)" for place in places)
-            try:
-                program = cel.compile(f"[{listed}]")
-            except BaseException as error:  # noqa: BLE001 - `_only_cel` lets interrupts through
-                _only_cel(error)
-                program = None
-            groups.append(RuleGroup(guard, places, program))
-    return tuple(groups)
+def _index(key: ContentKey) -> Node:
+    return _node([(place, each.atoms) for place, each in enumerate(_load(key))])
 
 
-def _guard(expression: str) -> str:
-    """The test that an expression begins with, when all of it is false whenever that test is; else ""."""
-    found = _GUARD.match(expression)
-    if found is None or "||" in expression or "?" in expression:
-        return ""
-    return str(found.group(1))
+def atoms_of(expression: str) -> tuple[Atom, ...]:
+    """The plain tests that an expression begins with, when it is nothing but tests joined by &&; else none."""
+    if any(mark in expression for mark in ("||", "?", "//", '"', "[", "{", "\\")):
+        return ()
+    found = []
+    for part in expression.split("&&"):
+        matched = _ATOMS.fullmatch(part.strip())
+        if matched is None:
+            break
+        there, attribute, path, compare, text, number = matched.groups()
+        if there is not None or attribute is not None:
+            found.append(Atom(there or f"event.attributes.{attribute}", "has"))
+        else:
+            if text is not None and compare not in ("==", "!="):
+                break
+            found.append(Atom(path, compare, float(number) if text is None else text))
+    # What is split inside a bracket or a string is no test of its own: then this is not the simple form.
+    rest = expression.replace("has(", "").count("(")
+    return () if rest or any(part.count("'") % 2 for part in expression.split("&&")) else tuple(found)
 
 
-def _may_fire(guard: str, seen: dict[str, Any]) -> bool:
-    event = seen["event"]
-    if not guard:
-        return True
-    if guard.startswith("has(event.amount"):
-        return "amount" in event
-    if guard.startswith("has(risk.score"):
-        return "score" in seen["risk"]
-    literal = guard[guard.index("'") + 1 : guard.rindex("'")]
-    if guard.startswith("'"):
-        return literal in event["attributes"]
-    return bool(event["type" if guard.startswith("event.type") else "kind"] == literal)
+_ABSENT = object()
+
+
+def _flat(seen: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in seen.items():
+        if "." in name:
+            continue  # an attribute of such a name is no path
+        yield prefix + name, value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
 
 
 def evaluate_policy(artifact: Artifact, event: Event, history: SubjectHistory, score: float | None) -> PolicyVerdict:
@@ -207,32 +267,10 @@ def evaluate_policy(artifact: Artifact, event: Event, history: SubjectHistory, s
     key = key_of(artifact)
     rules, seen = _load(key), variables(event, history, score)
     context = cel.Context(seen)
-    verdicts: list[tuple[int, RuleVerdict]] = []
-    for group in _groups(key):
-        if _may_fire(group.guard, seen):
-            verdicts.extend(_run(group, rules, context))
-    fired = tuple(verdict for _, verdict in sorted(verdicts, key=lambda each: each[0]))
+    places = sorted(_to_run(_index(key), dict(_flat(seen))))
+    fired = tuple(verdict for place in places if (verdict := _verdict(rules[place], context)) is not None)
     result = max((PolicyResult.PASS, *(verdict.result for verdict in fired)), key=POLICY_PRECEDENCE.index)
     return PolicyVerdict(result=result, rules=fired)
-
-
-def _run(group: RuleGroup, rules: tuple[CompiledRule, ...], context: Any) -> Iterator[tuple[int, RuleVerdict]]:
-    """The verdicts of a group's rules that did not stay silent; each alone when the group as a whole raises."""
-    answers: Any = None
-    if group.program is not None:
-        try:
-            answers = group.program.execute(context)
-        except BaseException as error:  # noqa: BLE001 - `_only_cel` lets interrupts through
-            _only_cel(error)
-    if not isinstance(answers, list) or len(answers) != len(group.places):
-        for place in group.places:
-            verdict = _verdict(rules[place], context)
-            if verdict is not None:
-                yield place, verdict
-    elif any(answer is not False for answer in answers):
-        for place, answer in zip(group.places, answers, strict=True):
-            if answer is not False:
-                yield place, _said(rules[place].rule, answer)
 
 
 def _said(rule: Rule, answer: Any) -> RuleVerdict:

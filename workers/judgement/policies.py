@@ -40,7 +40,8 @@ MAX_NESTING = 24
 
 _PATH = r"(?:event|history|risk)(?:\.[A-Za-z_][A-Za-z0-9_]*){1,3}"
 _ATOMS: Any = re2.compile(
-    rf"(?:has\(((?:event|history|risk|event\.attributes)\.[A-Za-z_][A-Za-z0-9_]*)\)|'([A-Za-z0-9_]+)' in event\.attributes"
+    r"(?:has\(((?:event|history|risk|event\.attributes)\.[A-Za-z_][A-Za-z0-9_]*)\)"
+    r"|'([A-Za-z0-9_]+)' in event\.attributes"
     rf"|({_PATH}) (==|!=|<|<=|>|>=) (?:'([^'\\]*)'|(-?[0-9]+\.[0-9]+)))"
 )
 _COMPREHENSION: Any = re2.compile(r"\b(?:all|exists|exists_one|map|filter)\b")
@@ -266,8 +267,8 @@ def evaluate_policy(artifact: Artifact, event: Event, history: SubjectHistory, s
 
     key = key_of(artifact)
     rules, seen = _load(key), variables(event, history, score)
-    context = cel.Context(seen)
     places = sorted(_to_run(_index(key), dict(_flat(seen))))
+    context = cel.Context(seen) if places else None  # making one is most of what a quiet policy would cost
     fired = tuple(verdict for place in places if (verdict := _verdict(rules[place], context)) is not None)
     result = max((PolicyResult.PASS, *(verdict.result for verdict in fired)), key=POLICY_PRECEDENCE.index)
     return PolicyVerdict(result=result, rules=fired)

@@ -172,7 +172,7 @@ def test_an_indexed_policy_says_what_each_rule_says_alone() -> None:
         attributes = rng.choice(
             [{}, {"x": "q"}, {"x": 2.0}, {"x": None}, {"x": True}, {"y.z": 1.0}, {"x": 9.5, "y": 1}]
         )
-        amount = rng.choice([{}, {"amount": {"value": rng.choice(["5", "5.0", "6"]), "currency": "EUR"}}])
+        amount: Any = rng.choice([{}, {"amount": {"value": rng.choice(["5", "5.0", "6"]), "currency": "EUR"}}])
         about = event(type=rng.choice("abc"), attributes=attributes, **amount)
         history, score = SubjectHistory(events_1d=rng.choice([0, 1])), rng.choice([None, 3.0, 4.0])
         context = cel.Context(policies.variables(about, history, score))
@@ -187,7 +187,8 @@ def test_screening_finds_a_name_after_a_typo_and_not_an_ordinary_one(tmp_path: P
     listed = index_names(names)
     for written in ("Banco Nacoinal de Cuba", "national bankof cuba", "CUBA, Bánk of National"):
         hit = screen(listed, written)
-        assert hit is not None and hit.listed.number == "1"
+        assert hit is not None
+        assert hit.listed.number == "1"
     assert screen(listed, "Maria Nacional") is None
     assert screen(listed, "  ,. ") is None
     broken = tmp_path / "sdn.csv"

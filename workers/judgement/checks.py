@@ -29,7 +29,7 @@ from workers.judgement.features import feature, is_feature
 from workers.judgement.injection import DEFAULT_LIMIT, look_for_injection
 from workers.judgement.lists import LISTED, ListEntry, ListIndex, Which, index, listed
 from workers.judgement.models import Code
-from workers.judgement.personal import PERSONAL_KINDS, PHONE_REGIONS, PersonalKind, find_personal
+from workers.judgement.personal import PERSONAL_KINDS, PHONE_REGIONS, PersonalKind, find_personal, prepare
 
 HIGH_RISK = "HIGH_RISK"
 SCORE_LIMIT = "SCORE_LIMIT"
@@ -147,6 +147,8 @@ def _load(key: ContentKey) -> Guardrail:
             compiled.append((each, re2.compile(each.pattern, options=options)))
         except re2.error:
             raise InvalidModelStateError(f"{key.name}: pattern {each.id} is not RE2") from None
+    if content.personal is not None:
+        prepare(content.personal.regions)
     return Guardrail(key.name, content, tuple(compiled), index(content.lists))
 
 

@@ -206,3 +206,31 @@ def test_the_figures_of_the_documents_hold() -> None:
     assert done["personal"]["false_hits_per_1000"] <= 7
     assert done["screening"]["top1"] >= 0.95
     assert done["screening"]["false_positives"] <= 0.01
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"amount": {"value": "-999999999999999.999999999", "currency": "EUR"}},
+        {"attributes": {"unknown": None, "\u202e": "\u202e", "list": "[]", "big": 1e308}},
+        {"occurred_at": "1900-01-01T00:00:00Z"},
+        {"text": "0" * 8_192},
+        {"text": "+" * 4_000 + "(" * 4_000},
+        {"text": "1 " * 4_000},
+        {"text": "\U000e0041" * 2_000},
+    ],
+)
+def test_absurd_events_get_a_verdict_of_every_check(fields: dict[str, Any]) -> None:
+    content = {"amount_limit": "1000", "personal": {}, "injection": {}, "evidence": ["attributes.y"], "budget_ms": 1000}
+    found = codes(content, event(**fields))
+    assert {"personal_data", "prompt_injection", "evidence:attributes.y"} <= set(found)
+    assert found["evidence:attributes.y"][0] == "fail"
+    assert not {verdict for verdict, _ in found.values()} & {"error", "timeout"}
+    if "amount" in fields:
+        assert found["guardrail_amount_limit"][0] == "fail"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 101])
+def test_a_limit_that_is_no_number_refuses_the_guardrail(value: float) -> None:
+    with pytest.raises(InvalidModelStateError):
+        load_guardrail(artifact("guardrail", {"type": "checks", "score_limit": value}))

@@ -378,11 +378,16 @@ class ActiveSet:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """The immutable content of a registered version; `content` is parsed JSON whose digest was verified."""
+    """The immutable content of a registered version; `content` is parsed JSON whose digest was verified.
+
+    `approved_at` and `valid_until` are RFC 3339 in UTC; None: not known, or for ever.
+    """
 
     kind: str
     pin: Pin
     content: Mapping[str, Any]
+    approved_at: str | None = None
+    valid_until: str | None = None
 
 
 class Registry(Protocol):

@@ -259,4 +259,5 @@ def _artifact(row: StoredVersion, pin: Pin) -> Artifact:
         content = None
     if not isinstance(content, dict):
         raise InvalidModelStateError(f"the content of {row.kind} {pin.name} version {pin.version} is no JSON object")
-    return Artifact(row.kind, pin, content)
+    until = None if row.valid_until is None else row.valid_until.isoformat()
+    return Artifact(row.kind, pin, content, valid_until=until)

@@ -222,7 +222,8 @@ class PostgresRegistry:
             content = None
         if not isinstance(content, dict):
             raise InvalidModelStateError(f"the content of {what} is not a JSON object")
-        return Artifact(row.kind, _pin(row), content)
+        approved, until = (None if at is None else at.isoformat() for at in (row.approved_at, row.valid_until))
+        return Artifact(row.kind, _pin(row), content, approved, until)
 
     def _vouch(self, row: Row[Any], what: str) -> None:
         """Return when this very row, tenant and kind included, is the release's or signed. Raises as `artifacts`."""

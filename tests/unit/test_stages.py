@@ -476,3 +476,38 @@ def test_the_stored_facts_make_the_same_decision_again(facts: DecisionFacts, cor
     assert row.decided is not None
     again = stage_of("risk", Stage.DECISION).decide(before, stored_facts(row.decided.decision), NOW, lambda: 0.0)
     assert moved(before, again, Stage.DECISION).to_bytes() == stored
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"), [("LIST_DENY", REJECTED), ("DEGRADED_REJECT", REJECTED), ("DEGRADED_ESCALATE", REVIEW)]
+)
+def test_a_check_rejects_by_its_code_only_when_it_failed(code: str, outcome: Outcome) -> None:
+    def made(verdict: str) -> Outcome:
+        found = Check(check="c", version="g@1", verdict=cast("Any", verdict), latency_ms=0.0, code=code)
+        return decision_of(processing(checks=(found,))).outcome
+
+    assert made("fail") is outcome
+    assert made("error") is REVIEW
+    assert made("pass") is APPROVED
+
+
+async def test_a_degraded_event_is_rejected_where_the_guardrail_says_so_and_the_decision_names_it() -> None:
+    strict = {"type": "checks", "on_degraded": "reject"}
+    state = processing(new_state(), score=None)
+    facts = guardrail.GuardrailFacts(Artifact("guardrail", replace_digest(GUARDRAIL), strict))
+    degraded = replace(state, n=2, status=Status.VALIDATED, processed=None)
+    assert degraded.validated is not None
+    lost = degraded.validated.model_copy(update={"unavailable": ("model",)})
+    state = moved(
+        replace(degraded, validated=lost),
+        guardrail.decide(replace(degraded, validated=lost), facts, NOW, lambda: 0.0),
+        "guardrail",
+    )
+    decided = decision_of(state)
+    assert decided.outcome is REJECTED
+    assert decided.degraded == ("model",)
+    assert [found.code for found in decided.guardrails if found.check == "degraded_mode"] == ["DEGRADED_REJECT"]
+
+
+def replace_digest(pin: Pin) -> Pin:
+    return pin.model_copy(update={"digest": "stages-guardrail-strict"})

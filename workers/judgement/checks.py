@@ -1,33 +1,49 @@
-"""Guardrail checks: limits on score, prior and amount, and blocked patterns (RE2, linear time).
+"""Guardrail checks: limits, blocked patterns (RE2), personal identifiers, injection, lists, evidence, model validity.
 
-Promises: a check that cannot be made has the verdict `error`, never `pass`. Amounts are compared as
-numbers of their own currency; nothing converts. Patterns look at `text`, string attributes and the
-names of subject and counterparty, field by field.
+Promises: a check that cannot be made has the verdict `error`, never `pass`; once the budget of a version is spent, the
+checks that are left are not made and have the verdict `timeout`, and so has one that spent it alone. When anything was
+unavailable, the check `degraded_mode` says what the version wants for that: a person, or a rejection. Amounts are
+compared as numbers of their own currency; nothing converts. Texts are `text`, string attributes and the names of
+subject and counterparty, field by field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 import re2
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from contracts.events import Amount, Event
 from contracts.failures import InvalidModelStateError
 from contracts.outcomes import Check
 from contracts.ports import Artifact
-from contracts.state import Thresholds
+from contracts.state import SubjectHistory, Thresholds
 from workers.judgement.content import CACHED_VERSIONS, Content, ContentKey, key_of, read
+from workers.judgement.features import feature, is_feature
+from workers.judgement.injection import DEFAULT_LIMIT, look_for_injection
+from workers.judgement.lists import LISTED, ListEntry, ListIndex, Which, index, listed
 from workers.judgement.models import Code
+from workers.judgement.personal import PERSONAL_KINDS, PHONE_REGIONS, PersonalKind, find_personal, prepare
 
 HIGH_RISK = "HIGH_RISK"
 SCORE_LIMIT = "SCORE_LIMIT"
 AMOUNT_LIMIT = "AMOUNT_LIMIT"
 CHECK_ERROR = "CHECK_ERROR"
+CHECK_TIMEOUT = "CHECK_TIMEOUT"
+PERSONAL_DATA = "PERSONAL_DATA"
+PROMPT_INJECTION = "PROMPT_INJECTION"
+EVIDENCE_MISSING = "EVIDENCE_MISSING"
+MODEL_TOO_OLD = "MODEL_TOO_OLD"
+MODEL_EXPIRED = "MODEL_EXPIRED"
+DEGRADED_ESCALATE, DEGRADED_REJECT = "DEGRADED_ESCALATE", "DEGRADED_REJECT"
+REJECTING = frozenset({DEGRADED_REJECT, LISTED["deny"]})
+"""Codes of failed checks that reject; every other one asks a person."""
 MAX_SCANNED = 65_536
 """Characters of one event that patterns look at; an event with more is an `error`."""
 
@@ -44,13 +60,48 @@ class BlockedPattern(Content):
     fields: Annotated[tuple[FieldName, ...], Field(min_length=1)] = ("text", "attributes", "names")
 
 
+class PersonalCheck(Content):
+    """Which personal identifiers no text may contain; phone numbers without a country are tried in `regions`."""
+
+    kinds: Annotated[tuple[PersonalKind, ...], Field(min_length=1)] = PERSONAL_KINDS
+    fields: Annotated[tuple[FieldName, ...], Field(min_length=1)] = ("text",)
+    regions: Annotated[tuple[Annotated[str, Field(pattern=r"^[A-Z]{2}$")], ...], Field(min_length=1, max_length=16)] = (
+        PHONE_REGIONS
+    )
+
+
+class InjectionCheck(Content):
+    """From which strength of signals (0–1) a text is taken for an attack on a language model."""
+
+    limit: Annotated[float, Field(gt=0, le=1)] = DEFAULT_LIMIT
+    fields: Annotated[tuple[FieldName, ...], Field(min_length=1)] = ("text", "attributes", "names")
+
+
 class GuardrailContent(Content):
-    """The content of a guardrail of type `checks`. `amount_limit` is a decimal string."""
+    """The content of a guardrail of type `checks`. `amount_limit` is a decimal string, `budget_ms` is wall time.
+
+    `evidence`: features (as models name them) that must be there. `model_age_days`: the oldest approval of the model.
+    `on_degraded`: what becomes of an event for which something was unavailable.
+    """
 
     type: Literal["checks"]
     score_limit: Annotated[float, Field(ge=0, le=100)] | None = None
     amount_limit: Annotated[str, Field(max_length=40, pattern=r"^\d{1,15}(\.\d{1,9})?$")] | None = None
     patterns: Annotated[tuple[BlockedPattern, ...], Field(max_length=64)] = ()
+    personal: PersonalCheck | None = None
+    injection: InjectionCheck | None = None
+    lists: Annotated[tuple[ListEntry, ...], Field(max_length=2_000)] = ()
+    evidence: Annotated[tuple[Annotated[str, Field(max_length=160)], ...], Field(max_length=64)] = ()
+    model_age_days: Annotated[int, Field(ge=1, le=3_650)] | None = None
+    budget_ms: Annotated[float, Field(gt=0, le=1_000)] = 100.0
+    on_degraded: Literal["escalate", "reject"] = "escalate"
+
+    @field_validator("evidence")
+    @classmethod
+    def _are_features(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(is_feature(path) for path in paths):
+            raise ValueError("names something that is not a feature")
+        return paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +111,23 @@ class Guardrail:
     version: str
     content: GuardrailContent
     patterns: tuple[tuple[BlockedPattern, Any], ...]
+    lists: ListIndex
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is checked: the event, its score and its tenant's limits."""
+    """What is checked: the event, its score and its tenant's limits.
+
+    `now` is the event's clock (`Pins.now`), `model` the artifact that scored it, `unavailable` what was not to be had.
+    """
 
     event: Event
     score: float | None
     thresholds: Thresholds
+    now: str = ""
+    history: SubjectHistory = field(default_factory=SubjectHistory)
+    model: Artifact | None = None
+    unavailable: tuple[str, ...] = ()
 
 
 def load_guardrail(artifact: Artifact) -> Guardrail:
@@ -88,12 +147,36 @@ def _load(key: ContentKey) -> Guardrail:
             compiled.append((each, re2.compile(each.pattern, options=options)))
         except re2.error:
             raise InvalidModelStateError(f"{key.name}: pattern {each.id} is not RE2") from None
-    return Guardrail(key.name, content, tuple(compiled))
+    if content.personal is not None:
+        prepare(content.personal.regions)
+    return Guardrail(key.name, content, tuple(compiled), index(content.lists))
 
 
 def run_checks(guardrail: Guardrail | None, subject: Subject, stopwatch: Stopwatch) -> tuple[Check, ...]:
     """Every check, each timed by `stopwatch` (seconds). Without a guardrail only the tenant's limits are checked."""
-    return tuple(_timed(*planned, stopwatch) for planned in _plan(guardrail, subject))
+    checks: list[Check] = []
+    budget_ms = None if guardrail is None else guardrail.content.budget_ms
+    for planned in _plan(guardrail, subject):
+        spent = sum(check.latency_ms for check in checks)
+        if budget_ms is not None and spent > budget_ms:
+            checks.append(_timeout(*planned[:2], 0.0))
+            continue
+        check = _timed(*planned, stopwatch)
+        late = budget_ms is not None and spent + check.latency_ms > budget_ms and check.verdict == "pass"
+        checks.append(_timeout(check.check, check.version, check.latency_ms) if late else check)
+    return (*checks, *_degraded(guardrail, subject, checks))
+
+
+def _timeout(check: str, version: str, latency_ms: float) -> Check:
+    return Check(check=check, version=version, verdict="timeout", latency_ms=latency_ms, code=CHECK_TIMEOUT)
+
+
+def _degraded(guardrail: Guardrail | None, subject: Subject, checks: list[Check]) -> Iterator[Check]:
+    """What the version wants when something was unavailable, or a check of it could not be made in time."""
+    if guardrail is None or not (subject.unavailable or any(check.verdict in ("error", "timeout") for check in checks)):
+        return
+    code = DEGRADED_REJECT if guardrail.content.on_degraded == "reject" else DEGRADED_ESCALATE
+    yield Check(check="degraded_mode", version=guardrail.version, verdict="fail", latency_ms=0.0, code=code)
 
 
 Planned = tuple[str, str, Callable[[], str | None]]
@@ -116,6 +199,63 @@ def _plan(guardrail: Guardrail | None, subject: Subject) -> Iterator[Planned]:
         yield "guardrail_amount_limit", version, lambda: _amount_limit(subject.event.amount, content.amount_limit)
     for blocked, compiled in guardrail.patterns:
         yield f"pattern:{blocked.id}", version, _pattern_test(blocked, compiled, subject.event)
+    yield from _more(guardrail, subject)
+
+
+def _more(guardrail: Guardrail, subject: Subject) -> Iterator[Planned]:
+    content, version, event = guardrail.content, guardrail.version, subject.event
+    if content.lists:
+        yield "list:deny", version, lambda: _listed(guardrail.lists, "deny", subject)
+        yield "list:watch", version, lambda: _listed(guardrail.lists, "watch", subject)
+    if (personal := content.personal) is not None:
+        yield "personal_data", version, lambda: _personal(personal, event)
+    if (injection := content.injection) is not None:
+        yield "prompt_injection", version, lambda: _injection(injection, event)
+    for path in content.evidence:
+        yield f"evidence:{path}", version, partial(_evidence, path, subject)
+    if content.model_age_days is not None:
+        days = content.model_age_days
+        yield "model_age", version, lambda: _model_age(subject, days)
+    if subject.model is not None and subject.model.valid_until is not None:
+        yield "model_validity", version, lambda: _model_validity(subject)
+
+
+def _listed(entries: ListIndex, which: Which, subject: Subject) -> str | None:
+    return LISTED[which] if listed(entries, which, subject.event, subject.now) else None
+
+
+def _personal(wanted: PersonalCheck, event: Event) -> str | None:
+    found = (find_personal(text, wanted.kinds, wanted.regions) for text in _bounded(event, wanted.fields))
+    kinds = {each.kind for hits in found for each in hits}
+    return f"{PERSONAL_DATA}:{','.join(sorted(kinds))}" if kinds else None
+
+
+def _injection(wanted: InjectionCheck, event: Event) -> str | None:
+    texts = _bounded(event, wanted.fields)
+    # Together too: an order that is spread over two attributes reaches a model in one prompt.
+    seen = [look_for_injection(text) for text in ([*texts, "\n".join(texts)] if len(texts) > 1 else texts)]
+    return PROMPT_INJECTION if any(each.strength >= wanted.limit for each in seen) else None
+
+
+def _evidence(path: str, subject: Subject) -> str | None:
+    return EVIDENCE_MISSING if feature(path, subject.event, subject.history) is None else None
+
+
+def _model_age(subject: Subject, days: int) -> str | None:
+    if subject.model is None or subject.model.approved_at is None:
+        raise ValueError("nobody knows how old the model is")
+    age = datetime.fromisoformat(subject.now) - datetime.fromisoformat(subject.model.approved_at)
+    return MODEL_TOO_OLD if age > timedelta(days=days) else None
+
+
+def _model_validity(subject: Subject) -> str | None:
+    if subject.model is None or subject.model.valid_until is None:
+        return None
+    return (
+        None
+        if datetime.fromisoformat(subject.model.valid_until) > datetime.fromisoformat(subject.now)
+        else MODEL_EXPIRED
+    )
 
 
 def _timed(check: str, version: str, test: Callable[[], str | None], stopwatch: Stopwatch) -> Check:
@@ -144,12 +284,16 @@ def _amount_limit(amount: Amount | None, limit: str | None) -> str | None:
 
 def _pattern_test(blocked: BlockedPattern, compiled: Any, event: Event) -> Callable[[], str | None]:
     def test() -> str | None:
-        scanned = list(_texts(event, blocked.fields))
-        if sum(map(len, scanned)) > MAX_SCANNED:
-            raise ValueError("more text than patterns look at")
-        return blocked.code if any(compiled.search(text) for text in scanned) else None
+        return blocked.code if any(compiled.search(text) for text in _bounded(event, blocked.fields)) else None
 
     return test
+
+
+def _bounded(event: Event, fields: tuple[FieldName, ...]) -> list[str]:
+    scanned = list(_texts(event, fields))
+    if sum(map(len, scanned)) > MAX_SCANNED:
+        raise ValueError("more text than checks look at")
+    return scanned
 
 
 def _texts(event: Event, fields: tuple[FieldName, ...]) -> Iterator[str]:

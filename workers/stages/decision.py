@@ -24,7 +24,7 @@ from typing import Any
 
 from contracts.outcomes import STATUS_OF, Decision, Outcome, PolicyResult, Reason, Supersedes, most_restrictive
 from contracts.state import Decided, EventState, Pin
-from workers.judgement.checks import HIGH_RISK
+from workers.judgement.checks import HIGH_RISK, REJECTING
 from workers.stages.step import StagePorts, Step, Stopwatch, created, processed, validated
 
 _PINNED = ("model", "policy", "guardrail", "prompt", "lists", "reasons")
@@ -75,12 +75,13 @@ def policy_gate(state: EventState) -> Iterator[Objection]:
 
 
 def guardrail_gate(state: EventState) -> Iterator[Objection]:
-    """Whatever is not a pass asks a person: failed, timed out or could not be made."""
+    """Whatever is not a pass asks a person: failed, timed out or could not be made. Some codes reject."""
     for check in processed(state).checks:
         if check.verdict != "pass":
             code = HIGH_RISK if check.code == HIGH_RISK else f"GUARDRAIL:{check.check}"
             text = f"Guardrail check {check.check}: {check.verdict}" + (f" ({check.code})" if check.code else "")
-            yield Objection(Outcome.REQUIRE_APPROVAL, code, text)
+            rejects = check.verdict == "fail" and check.code in REJECTING
+            yield Objection(Outcome.REJECTED if rejects else Outcome.REQUIRE_APPROVAL, code, text)
 
 
 def degraded_gate(state: EventState) -> Iterator[Objection]:

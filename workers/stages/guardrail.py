@@ -19,22 +19,32 @@ from workers.stages.step import StagePorts, Step, Stopwatch, artifacts, content_
 
 @dataclass(frozen=True, slots=True)
 class GuardrailFacts:
-    """The content of the pinned guardrail; None when there is none to be had."""
+    """The content of the pinned guardrail and the model's; None when there is none to be had."""
 
     guardrail: Artifact | None
+    model: Artifact | None = None
 
 
 async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[GuardrailFacts]:
-    """The pinned guardrail of each event, one registry call for all distinct pins."""
-    pins = [created(state).pins.guardrail for state in states]
-    found = await artifacts(ports.registry, pins)
-    return [GuardrailFacts(content_for(pin, found)) for pin in pins]
+    """The pinned guardrail and model of each event, one registry call for all distinct pins."""
+    pins = [created(state).pins for state in states]
+    found = await artifacts(ports.registry, [pin for each in pins for pin in (each.guardrail, each.model)])
+    return [GuardrailFacts(content_for(each.guardrail, found), content_for(each.model, found)) for each in pins]
 
 
 def decide(state: EventState, facts: GuardrailFacts, now: str, stopwatch: Stopwatch) -> Step:
     """Run every check; `stopwatch` measures each (milliseconds in `Check.latency_ms`)."""
     guardrail = _readable(facts.guardrail)
-    subject = Subject(state.event, validated(state).score, created(state).pins.thresholds)
+    known, scored = created(state), validated(state)
+    subject = Subject(
+        state.event,
+        scored.score,
+        known.pins.thresholds,
+        now=known.pins.now,
+        history=known.history,
+        model=facts.model,
+        unavailable=(*known.unavailable, *scored.unavailable),
+    )
     checks = run_checks(guardrail, subject, stopwatch)
     section = Processed(at=now, checks=checks, unavailable=() if guardrail is not None else ("guardrail",))
     failed = ",".join(f"{check.check}:{check.verdict}" for check in checks if check.verdict != "pass")

@@ -109,7 +109,7 @@ class Sighting:
     attribute: bytes = _NOTHING
     verdict: Verdict = NO_VERDICT
 
-    def keys(self) -> tuple[str, str | None]:
+    def histories(self) -> tuple[str, str | None]:
         """The state keys of its subject and of its counterparty."""
         other = self.counterparty
         return (

@@ -1,4 +1,4 @@
-"""What every FeatureStore promises: idempotent by event, the same in any order, bounded, and honest about its losses."""
+"""What every FeatureStore promises: idempotent by event, the same in any order, bounded, honest about its losses."""
 
 from __future__ import annotations
 

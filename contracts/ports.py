@@ -22,7 +22,7 @@ from contracts.outcomes import Decision
 from contracts.state import AuditRecord, EventState, Pin, SubjectHistory, Thresholds
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
-from contracts.velocity import Mark, Marking, Observation, PastEvent, Sighting
+from contracts.velocity import ImportedPart, Mark, Marking, Observation, PastEvent, Sighting
 
 
 class Clock(Protocol):
@@ -359,6 +359,16 @@ class Past(Protocol):
 
     async def labels(self, scope: TenantScope, after: str | None, limit: int) -> Sequence[Label]:
         """A tenant's labels by id, from behind `after` on."""
+        ...
+
+    async def imported(
+        self, scope: TenantScope, after: tuple[str, int] | None, limit: int, source: str | None = None
+    ) -> Sequence[ImportedPart]:
+        """What was loaded from files (one `source`, or all), in order of (source, part), from behind `after` on."""
+        ...
+
+    async def keep(self, parts: Sequence[ImportedPart]) -> None:
+        """Keep parts of files, each once, so that a rebuild finds them."""
         ...
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -186,6 +187,57 @@ class PastEvent:
     event_id: str
     event: Event
     received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedPart:
+    """Past events that an operator loaded from a file. `source` names the file's content and how it was read."""
+
+    scope: TenantScope
+    source: str
+    part: int
+    packed: bytes
+
+    def sightings(self) -> tuple[Sighting, ...]:
+        """What was packed."""
+        return tuple(
+            Sighting(
+                self.scope,
+                event.hex(),
+                at,
+                subject.hex(),
+                other.hex() if named else None,
+                amount,
+                currency,
+                attribute,
+                Verdict(said, known),
+            )
+            for event, at, subject, named, other, amount, currency, attribute, said, known in _PACKED.iter_unpack(
+                self.packed
+            )
+        )
+
+
+_PACKED: Final = Struct(">16sQ16s?16sd3s8sBQ")
+
+
+def pack(sightings: Sequence[Sighting]) -> bytes:
+    """Sightings of one tenant as an ImportedPart holds them: 85 bytes each."""
+    return b"".join(
+        _PACKED.pack(
+            bytes.fromhex(s.event_id),
+            s.at,
+            bytes.fromhex(s.subject),
+            s.counterparty is not None,
+            bytes.fromhex(s.counterparty or ""),
+            s.amount,
+            s.currency,
+            s.attribute,
+            s.verdict.verdict,
+            s.verdict.known,
+        )
+        for s in sightings
+    )
 
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")

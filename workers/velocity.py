@@ -1,6 +1,6 @@
 """Velocity that heals: a FeatureStore that is rebuilt from `events` and `labels` once it has forgotten them.
 
-    epoch begins, incomplete → read every label and event → merge them by event → the same epoch is complete
+    epoch begins, incomplete → read labels, events and imports → merge them by event → the same epoch is complete
 
 Promises: an epoch is completed only when everything that was observed before it is merged: retrieval writes an event's
 row before it observes the event, so that what an epoch began without is in the tables when they are read. Until then
@@ -57,7 +57,8 @@ class HealingFeatures:
 
     async def _heal(self, scope: TenantScope) -> bool:
         # One page more than is worth it tells: whoever is large is not read to the end here.
-        if len(await self._past.events(scope, None, AT_ONCE + 1)) > AT_ONCE:
+        large = len(await self._past.imported(scope, None, 2)) > 1
+        if large or len(await self._past.events(scope, None, AT_ONCE + 1)) > AT_ONCE:
             log.warning("velocity.incomplete", tenant=scope.tenant_id, reason="run riskfleet history rebuild")
             return False
         return await self.rebuild(scope)
@@ -77,6 +78,13 @@ class HealingFeatures:
             ]
             await self._store.merge([replace(s, verdict=verdicts.pop(s.event_id, NO_VERDICT)) for s in sightings])
             count += len(page)
+            merged(count)
+        place: tuple[str, int] | None = None
+        while parts := await self._past.imported(scope, place, 8):
+            place = (parts[-1].source, parts[-1].part)
+            some = [sighting for part in parts for sighting in part.sightings()]
+            await self._store.merge(some)
+            count += len(some)
             merged(count)
         await self._store.mark([Marking(scope, event_id, verdict) for event_id, verdict in verdicts.items()])
         (whole,) = await self._store.complete([mark])

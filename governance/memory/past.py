@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import orjson
 
 from contracts.events import parse_event
 from contracts.labels import Label
 from contracts.tenancy import TenantScope
-from contracts.velocity import PastEvent
-from governance.memory.database import MemoryDatabase
+from contracts.velocity import ImportedPart, PastEvent
+from governance.memory.database import MemoryDatabase, Table, Transaction
 from governance.memory.ledger import EVENTS, StoredEvent
 from governance.memory.records import LABELS
+
+IMPORTED: Final[Table[ImportedPart]] = Table(
+    "imported_history",
+    key=lambda row: (row.scope.tenant_id, row.source, row.part),
+    tenant=lambda row: row.scope.tenant_id,
+)
 
 
 class MemoryPast:
@@ -54,6 +61,23 @@ class MemoryPast:
             )
             for row in behind[:limit]
         ]
+
+    async def imported(
+        self, scope: TenantScope, after: tuple[str, int] | None, limit: int, source: str | None = None
+    ) -> Sequence[ImportedPart]:
+        """A page of what was loaded from files; an empty one is the end."""
+        rows = await self._database.run([scope], lambda tx: tx.rows(IMPORTED))
+        wanted = [row for row in rows if (row.source, row.part) > (after or ("", -1)) and source in (None, row.source)]
+        return sorted(wanted, key=lambda row: (row.source, row.part))[:limit]
+
+    async def keep(self, parts: Sequence[ImportedPart]) -> None:
+        """Insert each part unless it is there."""
+
+        def work(tx: Transaction) -> None:
+            for part in parts:
+                tx.insert(IMPORTED, part)
+
+        await self._database.run([part.scope for part in parts], work)
 
 
 def _past(scope: TenantScope, row: StoredEvent) -> PastEvent:

@@ -1,4 +1,4 @@
-"""What was accepted, read back for whoever rebuilds from it: the tables `events` and `labels`.
+"""What was accepted, read back for whoever rebuilds from it: the tables `events`, `labels` and `imported_history`.
 
 Promises pages in the order of ids, each behind the last, so that a reader needs no snapshot: what is written while it
 reads is the writer's to bring into what is rebuilt. A body that this release cannot read is left out, and logged.
@@ -18,8 +18,8 @@ from contracts.events import parse_event
 from contracts.failures import RiskfleetError
 from contracts.labels import Label
 from contracts.tenancy import TenantScope
-from contracts.velocity import PastEvent
-from governance.postgres.engine import transaction
+from contracts.velocity import ImportedPart, PastEvent
+from governance.postgres.engine import columns, transaction
 
 log = structlog.get_logger("past")
 
@@ -42,10 +42,25 @@ _LABELS: Final = text(
      WHERE tenant = :tenant AND label_id > :after ORDER BY label_id LIMIT :limit
     """
 )
+_IMPORTED: Final = text(
+    """
+    SELECT source, part, packed FROM imported_history
+     WHERE tenant = :tenant AND (source, part) > (:source, :part) AND (CAST(:only AS text) IS NULL OR source = :only)
+     ORDER BY source, part LIMIT :limit
+    """
+)
+_KEEP: Final = text(
+    """
+    INSERT INTO imported_history (tenant, source, part, packed)
+    SELECT * FROM unnest(CAST(:tenant AS text[]), CAST(:source AS text[]), CAST(:part AS integer[]),
+                         CAST(:packed AS bytea[]))
+    ON CONFLICT DO NOTHING
+    """
+)
 
 
 class PostgresPast:
-    """The port Past over the tables `events` and `labels`."""
+    """The port Past over the tables `events`, `labels` and `imported_history`."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -86,6 +101,23 @@ class PostgresPast:
             )
             for row in rows
         ]
+
+    async def imported(
+        self, scope: TenantScope, after: tuple[str, int] | None, limit: int, source: str | None = None
+    ) -> Sequence[ImportedPart]:
+        """A page of what was loaded from files; an empty one is the end."""
+        behind, part = after or ("", -1)
+        values = {"tenant": scope.tenant_id, "source": behind, "part": part, "limit": limit, "only": source}
+        async with transaction(self._engine, [scope]) as connection:
+            rows = (await connection.execute(_IMPORTED, values)).all()
+        return [ImportedPart(scope, row.source, row.part, row.packed) for row in rows]
+
+    async def keep(self, parts: Sequence[ImportedPart]) -> None:
+        """Insert each part unless it is there."""
+        if parts:
+            rows = sorted((p.scope.tenant_id, p.source, p.part, p.packed) for p in parts)
+            async with transaction(self._engine, [part.scope for part in parts]) as connection:
+                await connection.execute(_KEEP, columns(rows, ("tenant", "source", "part", "packed")))
 
 
 def _readable(rows: Iterable[tuple[TenantScope, Row[Any]]]) -> Iterable[PastEvent]:

@@ -10,8 +10,11 @@ repeated changes nothing; a flushed Redis is rebuilt with them. A line that cann
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import hashlib
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -26,9 +29,18 @@ from contracts.failures import DomainValidationError, RiskfleetError
 from contracts.labels import LABELS
 from contracts.ports import FeatureStore, Past
 from contracts.tenancy import TenantScope
-from contracts.velocity import ImportedPart, Sighting, VelocityPolicy, pack, sighting_of, verdict
+from contracts.velocity import (
+    ImportedPart,
+    Sighting,
+    VelocityPolicy,
+    pack,
+    party_digest,
+    sighting_of,
+    since_1900,
+    verdict,
+)
 
-PART: Final = 20_000
+PART: Final = 50_000
 """Events of a part: one transaction, and one merge of every history in it."""
 
 _POLICY: Final = VelocityPolicy()
@@ -50,14 +62,29 @@ async def import_file(
     source, count, number = source_of(file, columns), 0, 0
     kept = await _kept(scope, source, past)
     lines = enumerate(_rows(file, columns), start=1)
-    while some := list(islice(lines, PART)):
-        # The last part that is kept may not have been merged: whoever brought it died in between, perhaps.
-        if number >= kept - 1:
-            sightings = [_sighting(scope, place, row) for place, row in some]
-            await past.keep([ImportedPart(scope, source, number, pack(sightings))])
-            await store.merge(sightings)
-        number, count = number + 1, count + len(some)
-        done(count)
+
+    async def bring(part: int, sightings: list[Sighting], upto: int) -> None:
+        await past.keep([ImportedPart(scope, source, part, pack(sightings))])
+        await store.merge(sightings)
+        done(upto)
+
+    def read(some: Sequence[tuple[int, Any]]) -> list[Sighting]:
+        return [_sighting(scope, place, row) for place, row in some]
+
+    bringing: asyncio.Task[None] | None = None
+    try:
+        while some := await asyncio.to_thread(lambda: list(islice(lines, PART))):
+            count += len(some)
+            # The last part that is kept may not have been merged: whoever brought it died in between, perhaps.
+            if number >= kept - 1:
+                sightings = await asyncio.to_thread(read, some)  # while the servers take in the part before
+                if bringing is not None:
+                    await bringing
+                bringing = asyncio.create_task(bring(number, sightings, count))
+            number += 1
+    finally:
+        if bringing is not None:
+            await bringing
     return count
 
 
@@ -124,6 +151,10 @@ def _sighting(scope: TenantScope, number: int, row: Any) -> Sighting:
         if not isinstance(document, dict):
             raise DomainValidationError("an event is a JSON object")
         said, effective_at = _label(document)
+        plain = _plain(scope, document)
+        if plain is not None:
+            at, sighting = plain
+            return _judged(sighting, said, effective_at, at)
         document.setdefault("kind", "risk")
         document.setdefault("type", "imported")
         event = parse_event(document)
@@ -131,14 +162,60 @@ def _sighting(scope: TenantScope, number: int, row: Any) -> Sighting:
             raise DomainValidationError("a past event needs its id")
         at = event.occurred
         sighting = sighting_of(scope, event_id_of(scope, event.id), event, at, _POLICY.attribute)
-        if said is None:
-            return sighting
-        known = at + timedelta(milliseconds=_POLICY.label_delay_ms) if effective_at is None else effective_at
-        return replace(sighting, verdict=verdict(said, known))
+        return _judged(sighting, said, effective_at, at)
     except (RiskfleetError, ValueError) as error:
         places = "; ".join(f"{p} {why}" for p, why in getattr(error, "pointers", ()))
         detail = error.detail if isinstance(error, RiskfleetError) else "not JSON, or a time that cannot be read"
         raise DomainValidationError(f"event {number}: {detail}{f' ({places})' if places else ''}") from None
+
+
+def _judged(sighting: Sighting, said: str | None, effective_at: datetime | None, at: datetime) -> Sighting:
+    if said is None:
+        return sighting
+    known = at + timedelta(milliseconds=_POLICY.label_delay_ms) if effective_at is None else effective_at
+    return replace(sighting, verdict=verdict(said, known))
+
+
+def _plain(scope: TenantScope, document: Mapping[str, Any]) -> tuple[datetime, Sighting] | None:
+    """The sighting of an event of the commonest shape; None: only the event's own model knows, or says what is wrong.
+
+    Twice as fast as that model, of which velocity needs five fields.
+    """
+    subject, other, amount = document.get("subject"), document.get("counterparty"), document.get("amount")
+    name, moment = document.get("id"), document.get("occurred_at")
+    if not (document.keys() <= _PLAIN and _named(subject) and (other is None or _named(other))):
+        return None
+    if not (isinstance(name, str) and 0 < len(name) <= 256 and isinstance(moment, str) and _MOMENT.fullmatch(moment)):
+        return None
+    value, currency = math.nan, bytes(3)
+    if amount is not None:
+        if not (isinstance(amount, dict) and amount.keys() == _AMOUNT and all(type(v) is str for v in amount.values())):
+            return None
+        if not (_DECIMAL.fullmatch(amount["value"]) and _CURRENCY.fullmatch(amount["currency"])):
+            return None
+        value, currency = float(amount["value"]), amount["currency"].encode()
+    at = datetime.fromisoformat(moment)
+    parties = [None if p is None else party_digest(p["type"], p["id"]) for p in (subject, other)]
+    event_id = event_id_of(scope, name)
+    return at, Sighting(scope, event_id, since_1900(at), parties[0] or "", parties[1], value, currency)
+
+
+def _named(party: Any) -> bool:
+    return (
+        isinstance(party, dict)
+        and party.keys() == _PARTY
+        and all(type(value) is str and value for value in party.values())
+        and len(party["type"]) <= 128
+        and len(party["id"]) <= 256
+    )
+
+
+_PLAIN: Final = frozenset({"id", "occurred_at", "subject", "counterparty", "amount"})
+_PARTY: Final = frozenset({"type", "id"})
+_AMOUNT: Final = frozenset({"value", "currency"})
+_MOMENT: Final = re.compile(r"(?:19|20|21)\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,6})?Z", re.ASCII)
+_DECIMAL: Final = re.compile(r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?", re.ASCII)
+_CURRENCY: Final = re.compile(r"[A-Z]{3}", re.ASCII)
 
 
 def _label(document: dict[str, Any]) -> tuple[str | None, datetime | None]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import orjson
 import pytest
 
-from contracts.events import event_id_of
+from contracts.events import event_id_of, parse_event
 from contracts.failures import DomainValidationError
 from contracts.tenancy import TenantScope
-from contracts.velocity import DAY_MS, FRAUD, Sighting, pack, party_digest
+from contracts.velocity import DAY_MS, FRAUD, Sighting, pack, party_digest, sighting_of
 from contracts.velocity import ImportedPart as Part
 from deploy import importing
 from deploy.importing import import_file
@@ -85,11 +85,11 @@ async def test_an_import_goes_on_where_it_ended_and_a_repeat_changes_nothing(
 
     async def dies(sightings: list[Sighting]) -> None:
         if len(await cut.past.imported(ACME, None, 9)) == 3:
-            raise KeyboardInterrupt
+            raise ConnectionAbortedError
         await merged(sightings)
 
     monkeypatch.setattr(cut.store, "merge", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ConnectionAbortedError):
         await cut.load(file, COLUMNS)
     assert len(cut.samples("7")) == 8
     monkeypatch.setattr(cut.store, "merge", merged)
@@ -131,6 +131,25 @@ async def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         await Parts().load(table(tmp_path, 1), COLUMNS | {"text": "NOWHERE"})
     with pytest.raises(DomainValidationError, match="--map"):
         await Parts().load(table(tmp_path, 1))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"counterparty": None}, {"amount": None}, {"occurred_at": "1999-02-03 04:05:06.5Z"}]
+)
+def test_the_fast_way_comes_to_what_the_events_model_comes_to(fields: dict[str, object]) -> None:
+    document: dict[str, object] = {
+        "id": "ü-1",
+        "occurred_at": "2018-07-01T00:00:00Z",
+        "subject": {"type": "customer", "id": "7"},
+        "counterparty": {"type": "terminal", "id": "9"},
+        "amount": {"value": "-12.345", "currency": "EUR"},
+    }
+    document = {name: value for name, value in (document | fields).items() if value is not None}
+    fast = importing._plain(ACME, document)
+    event = parse_event(document | {"kind": "risk", "type": "imported"})
+    slow = sighting_of(ACME, event_id_of(ACME, "ü-1"), event, event.occurred, "device_id")
+    assert fast is not None
+    assert pack([fast[1]]) == pack([slow])
 
 
 def test_packed_sightings_read_back() -> None:

@@ -14,12 +14,12 @@ from datetime import datetime
 from typing import Any
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from contracts.events import Event, canonical_json
 from contracts.failures import UndecodableEntryError
 from contracts.lifecycle import Status
-from contracts.state import SECTIONS, STATE_SCHEMA, STATE_TYPES, AuditRecord, EventState, TrailEntry
+from contracts.state import SECTIONS, STATE_SCHEMA, STATE_TYPES, AuditRecord, EventState
 from contracts.tenancy import TenantScope
 from contracts.topology import VERSION
 
@@ -196,7 +196,13 @@ def upcast(document: dict[str, Any], upcasters: dict[int, Upcaster] | None = Non
     return document
 
 
-_TRAIL = TypeAdapter(tuple[TrailEntry, ...])
+def _steps(trail: Any) -> tuple[dict[str, Any], ...]:
+    """A stored trail, seen to hold what `records` needs of each step; the rest is checked by whoever looks into it."""
+    for step in trail:
+        if type(step["n"]) is not int or type(step["digest"]) is not str or type(step["step"]) is not str:
+            raise TypeError
+        _ = step["parent"]
+    return tuple(trail)
 
 
 def state_from_bytes(data: bytes) -> EventState:
@@ -220,11 +226,11 @@ def state_from_bytes(data: bytes) -> EventState:
             n=d["n"],
             status=Status(d["status"]),
             digest=d["digest"],
-            trail=_TRAIL.validate_python(d["trail"]),
+            steps=_steps(d["trail"]),
             **sections,
         )
         if d["schema"] == stored_schema:  # an upcast is never what was stored
-            state.plain.update({name: d[name] for name in ("event", "trail", *sections)}, bytes=data)
+            state.plain.update({name: d[name] for name in ("event", *sections)}, bytes=data)
         return state
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise UndecodableEntryError(f"a stored state cannot be read ({type(error).__name__})") from error

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from contracts.events import Event, canonical_json
 from contracts.lifecycle import VERSION_OF, Status, check_transition
@@ -128,6 +128,8 @@ class TrailEntry(BaseModel):
     detail: dict[str, str | int] = Field(default_factory=dict)
 
 
+_TRAIL = TypeAdapter(tuple[TrailEntry, ...])
+
 Section = Created | Validated | Processed | Decided
 
 SECTIONS: dict[str, type[Section]] = {
@@ -155,7 +157,8 @@ class EventState:
     n: int
     status: Status
     digest: str
-    trail: tuple[TrailEntry, ...]
+    steps: tuple[Mapping[str, Any], ...]
+    """The trail as plain JSON, each step a `TrailEntry`: every stage hands it on, and hardly any looks into it."""
     created: Created | None = None
     validated: Validated | None = None
     processed: Processed | None = None
@@ -165,9 +168,15 @@ class EventState:
     `transition` and the codec fill it; `replace` makes a state that knows nothing of it."""
 
     @property
+    def trail(self) -> tuple[TrailEntry, ...]:
+        """The steps as values. Raises pydantic's ValidationError when one is no trail entry."""
+        return _TRAIL.validate_python(self.steps)
+
+    @property
     def parent(self) -> str | None:
         """The digest of the version before this one."""
-        return self.trail[min(self.n, len(self.trail) - 1)].parent
+        parent: str | None = self.steps[min(self.n, len(self.steps) - 1)]["parent"]
+        return parent
 
     def transition(self, target: Status, section: Section, *, stage: str, detail: Mapping[str, str | int]) -> Self:
         """Version n+1: the move checked against the lifecycle table, the section added, the digest chained.
@@ -179,40 +188,23 @@ class EventState:
         added = section.model_dump(mode="json")
         content = {"n": self.n + 1, "status": target, name: added}
         digest = _chain(self.digest, content)
-        entry = TrailEntry(
-            n=self.n + 1,
-            step="version",
-            status=target,
-            stage=stage,
-            digest=digest,
-            parent=self.digest,
-            at=section.at,
-            detail=dict(detail),
-        )
-        more: tuple[TrailEntry, ...] = (entry,)
+        step = _step(self.n + 1, target, stage, digest, self.digest, section.at, detail)
+        steps = (*self.steps, step)
         if target is Status.AWAITING_APPROVAL:
-            opened = entry.model_copy(
-                update={"step": "approval", "parent": digest, "digest": _chain(digest, {"approval": "opened"})}
-            )
-            more = (entry, opened)
+            opened = {"step": "approval", "parent": digest, "digest": _chain(digest, {"approval": "opened"})}
+            steps = (*steps, step | opened)
         changes: dict[str, Any] = {name: section}
-        trail = (*self.trail, *more)
-        new = replace(self, n=VERSION_OF[target], status=target, digest=digest, trail=trail, **changes)
-        steps = [*self._plain("trail"), *(step.model_dump(mode="json") for step in more)]
+        new = replace(self, n=VERSION_OF[target], status=target, digest=digest, steps=steps, **changes)
         known = {part: self._plain(part) for part in ("event", *SECTIONS) if getattr(self, part) is not None}
-        new.plain.update(known | {name: added, "trail": steps})
+        new.plain.update(known | {name: added})
         return new
 
     def _plain(self, part: str) -> Any:
-        """The event, a section or the trail as plain JSON."""
+        """The event or a section as plain JSON."""
         if part not in self.plain:
             value = getattr(self, part)
-            if part == "trail":
-                self.plain[part] = [entry.model_dump(mode="json") for entry in value]
-            elif part == "event":
-                self.plain[part] = value.model_dump(exclude_none=True)
-            else:
-                self.plain[part] = value.model_dump(mode="json")
+            known = value.model_dump(exclude_none=True) if part == "event" else value.model_dump(mode="json")
+            self.plain[part] = known
         return self.plain[part]
 
     def to_bytes(self) -> bytes:
@@ -238,7 +230,7 @@ class EventState:
                 "n": self.n,
                 "status": self.status,
                 "digest": self.digest,
-                "trail": self._plain("trail"),
+                "trail": self.steps,
             }
             | {name: self._plain(name) for name in SECTIONS if getattr(self, name) is not None}
         )
@@ -246,11 +238,11 @@ class EventState:
     def records(self, first: int = 0, last: int | None = None) -> tuple[AuditRecord, ...]:
         """The audit records of versions `first` … `last` (this version when None) of the trail."""
         upto = self.n if last is None else last
-        steps = zip(self.trail, self._plain("trail"), strict=True)
-        return tuple(self._record(entry, plain) for entry, plain in steps if first <= entry.n <= upto)
+        return tuple([self._record(step) for step in self.steps if first <= step["n"] <= upto])
 
-    def _record(self, entry: TrailEntry, plain: Mapping[str, Any]) -> AuditRecord:
-        record_id = hashlib.sha256(f"{self.event_id}|{entry.n}|{entry.step}|{entry.digest}".encode()).hexdigest()[:32]
+    def _record(self, step: Mapping[str, Any]) -> AuditRecord:
+        n, digest = step["n"], step["digest"]
+        record_id = hashlib.sha256(f"{self.event_id}|{n}|{step['step']}|{digest}".encode()).hexdigest()[:32]
         body = canonical_json(
             {
                 "v": 1,
@@ -260,10 +252,10 @@ class EventState:
                 "kind": self.KIND,
                 "body_digest": self.body_digest,
                 "correlation_id": self.correlation_id,
-                "entry": plain,
+                "entry": step,
             }
         )
-        return AuditRecord(self.scope, record_id, self.event_id, entry.n, entry.digest, body)
+        return AuditRecord(self.scope, record_id, self.event_id, n, digest, body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,16 +311,7 @@ def begin(
         "source": source,
     }
     digest = _chain("", content)
-    entry = TrailEntry(
-        n=0,
-        step="version",
-        status=Status.RECEIVED,
-        stage="gateway",
-        digest=digest,
-        parent=None,
-        at=received_at,
-        detail={"source": source, "type": event.type},
-    )
+    detail = {"source": source, "type": event.type}
     return STATE_TYPES[event.kind](
         scope=scope,
         event_id=event_id,
@@ -341,8 +324,24 @@ def begin(
         n=0,
         status=Status.RECEIVED,
         digest=digest,
-        trail=(entry,),
+        steps=(_step(0, Status.RECEIVED, "gateway", digest, None, received_at, detail),),
     )
+
+
+def _step(
+    n: int, status: Status, stage: str, digest: str, parent: str | None, at: str, detail: Mapping[str, str | int]
+) -> dict[str, Any]:
+    """A `TrailEntry` as plain JSON."""
+    return {
+        "n": n,
+        "step": "version",
+        "status": status.value,
+        "stage": str(stage),
+        "digest": digest,
+        "parent": parent,
+        "at": at,
+        "detail": dict(detail),
+    }
 
 
 def _chain(parent: str, content: Mapping[str, Any]) -> str:

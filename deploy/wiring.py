@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -123,6 +124,7 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
         await check_eviction(state_store)
         await publisher.start()
         await telemetry.start()
+        spare_collector()
         yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry, layouts, features)
         # Last measurements need the publisher; the publisher outlives everything that publishes.
         await telemetry.stop()
@@ -130,6 +132,17 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
         await publisher.close()
         await state_store.close()
         await pg.dispose(engine)
+
+
+def spare_collector() -> None:
+    """What is there once a process has started stays as long as the process: the collector need not look at it again.
+
+    Events leave few cycles behind, and many objects at once: with CPython's own threshold of 700 a stage spent an
+    eighth of its time in collections that found nothing.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 async def check_eviction(state_store: RedisStateStore) -> None:

@@ -169,13 +169,20 @@ class StageRunner:
         return going_on
 
     async def _run_alone(self, entry: Entry) -> None:
-        """One suspect at a time in this process; parked undecoded once too many of its holders died."""
+        """One suspect at a time in this process; parked undecoded once too many of its holders died, unless its event
+        is decided: a decision is sent however often its senders died.
+        """
         store, h = self._ports.state_store, entry.header
         deaths = await store.begin_alone(h.scope, h.event, self._stage)
         settled = True
         if deaths >= self._policy.suspect_deaths:
             wave = Wave()
-            self._failures.die(entry, deaths, wave)
+            (row,) = await self._ports.ledger.decisions([(h.scope, h.event)])
+            if row is None:
+                self._failures.die(entry, deaths, wave)
+            else:
+                self._already_decided(entry, row, wave)
+                wave.leave(entry)
             await self._ports.state_store.release((), wave.leaving)
             await self._outgoing.publish(wave)
         else:

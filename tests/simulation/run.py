@@ -110,7 +110,7 @@ class Run:
         clients = [asyncio.create_task(self._send(group)) for group in _groups(self.plan.sent)]
         for fault in self.plan.faults:
             self.loop.call_later(fault.at, self._happen, fault)
-        healed = max((fault.at + min(fault.size, LONGEST_S) for fault in self.plan.faults), default=0.0)
+        healed = max((_healed(fault) for fault in self.plan.faults), default=0.0)
         calm = 0
         while calm < 2 and self.loop.time() < DEADLINE_S:
             await asyncio.sleep(1.0)
@@ -287,6 +287,11 @@ def _groups(sent: Sequence[Sent]) -> list[list[Sent]]:
         key = (one.tenant, one.batch) if one.door == "batch" else (number,)
         groups.setdefault(key, []).append(one)
     return list(groups.values())
+
+
+def _healed(fault: Fault) -> float:
+    """When a fault is over (s). What a lost tail brings back holds its lock until the lease has run out."""
+    return fault.at + (LEASE_S if fault.what == "lost-tail" else min(fault.size, LONGEST_S))
 
 
 def _busy(name: str, depth: Any) -> bool:

@@ -37,6 +37,7 @@ from contracts.topology import (
     rung_exchange,
     stage_queue,
 )
+from resilience.memory.state_store import Suspect
 from tests.fakes import CountingIds, RecordingTelemetry, SteppingClock
 from tests.fakes_state import CrashError, DefaultsRegistry, StateWorld, TwinBroker, TwinLedger, TwinStateStore
 from workers.pipeline import stage_of
@@ -601,6 +602,20 @@ async def test_a_suspect_is_parked_undecoded_after_three_dead_holders() -> None:
     letter = letter_from(parked.headers, parked.body)
     assert (letter.event_id, letter.problem) == (EVENT, "invalid-workflow-state")
     assert letter.letter_id in fleet.broker.audited()
+    assert not fleet.world.alone
+
+
+async def test_a_decision_is_sent_however_often_its_senders_died() -> None:
+    """It stands in PostgreSQL: parked, its event would be decided and a dead letter, and nobody would hear of it."""
+    fleet = Fleet()
+    body = encode_carrier([entry_in(await fleet.to(DECISION)).evolve(suspect=True)])
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    sent, audited = len(fleet.broker.decisions()), set(fleet.broker.audited())
+    fleet.world.alone[ACME, EVENT, DECISION] = Suspect("gone", 3)
+    assert await fleet.worker.deliver(DECISION, body, redelivered=True) == Ack()
+    assert not fleet.broker.parked()
+    assert len(fleet.broker.decisions()) == sent + 1
+    assert set(fleet.broker.audited()) >= audited
     assert not fleet.world.alone
 
 

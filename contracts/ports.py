@@ -22,6 +22,7 @@ from contracts.outcomes import Decision
 from contracts.state import AuditRecord, EventState, Pin, SubjectHistory, Thresholds
 from contracts.telemetry import Measurement
 from contracts.tenancy import TenantScope
+from contracts.velocity import ImportedPart, Mark, Marking, Observation, PastEvent, Sighting
 
 
 class Clock(Protocol):
@@ -309,6 +310,65 @@ class Backlogs(Protocol):
 
     async def trust(self, stages: Sequence[str]) -> None:
         """Say that everything which waits for these stages is counted now; forgotten with everything else."""
+        ...
+
+
+# --- features ---------------------------------------------------------------------------------------
+
+
+class FeatureStore(Protocol):
+    """What was seen of each subject and counterparty (Redis): a cache of `events` and `labels`.
+
+    Histories are sets of samples by event, so that every call may be repeated, and calls may come in any order.
+    """
+
+    async def observe(self, sightings: Sequence[Sighting], *, record: bool = True) -> Sequence[Observation]:
+        """What is known of both entities of each event before it, and the event recorded, in one step per tenant.
+
+        A repeat is answered as the first time, with its sequence. `record`: False only looks.
+        """
+        ...
+
+    async def merge(self, sightings: Sequence[Sighting]) -> None:
+        """Add past events, with their verdicts, as known from before the epoch; those that are there stay."""
+        ...
+
+    async def mark(self, markings: Sequence[Marking]) -> None:
+        """Put labels on samples. One whose event was not observed yet waits for it."""
+        ...
+
+    async def marks(self, scopes: Sequence[TenantScope]) -> Sequence[Mark]:
+        """The epoch of each tenant; begins one, as incomplete, where the server has none or lost writes."""
+        ...
+
+    async def complete(self, marks: Sequence[Mark]) -> Sequence[bool]:
+        """Say that everything is merged that happened before each epoch; False: it is another epoch by now."""
+        ...
+
+
+class Past(Protocol):
+    """The tables `events` and `labels`, read back as they were accepted (PostgreSQL)."""
+
+    async def events(self, scope: TenantScope, after: str | None, limit: int) -> Sequence[PastEvent]:
+        """A tenant's events by id, from behind `after` on."""
+        ...
+
+    async def known(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[PastEvent | None]:
+        """These events, as far as they were accepted."""
+        ...
+
+    async def labels(self, scope: TenantScope, after: str | None, limit: int) -> Sequence[Label]:
+        """A tenant's labels by id, from behind `after` on."""
+        ...
+
+    async def imported(
+        self, scope: TenantScope, after: tuple[str, int] | None, limit: int, source: str | None = None
+    ) -> Sequence[ImportedPart]:
+        """What was loaded from files (one `source`, or all), in order of (source, part), from behind `after` on."""
+        ...
+
+    async def keep(self, parts: Sequence[ImportedPart]) -> None:
+        """Keep parts of files, each once, so that a rebuild finds them."""
         ...
 
 

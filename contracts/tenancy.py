@@ -79,6 +79,19 @@ class TenantScope:
         """The Redis key of one of this tenant's rate limits."""
         return f"rf:{{s{self.slot:04d}}}:l:{self.tenant_id}:{limit}"
 
+    def velocity_key(self, side: str, entity: str) -> str:
+        """The Redis key of one entity's history; a tenant's features have a hash tag, and so a node, of their own."""
+        return f"rf:{{f.{self.tenant_id}}}:{side[:1]}:{entity}"
+
+    def verdict_key(self, event_id: str) -> str:
+        """The Redis key of a label whose event was not observed yet."""
+        return f"rf:{{f.{self.tenant_id}}}:y:{event_id}"
+
+    @property
+    def epoch_key(self) -> str:
+        """The Redis key of the epoch of this tenant's features."""
+        return f"rf:{{f.{self.tenant_id}}}:m"
+
     @property
     def backlog_key(self) -> str:
         """The Redis key of this tenant's backlog; `:n` behind it names the set of its events at version n."""

@@ -26,6 +26,7 @@ from deploy import cli_bench, cli_people, keys, local, logs, provision, relayout
 from deploy import doctor as doctor_checks
 from deploy.cli_approvals import approvals_app
 from deploy.cli_dlq import dlq_app
+from deploy.cli_history import history_app
 from deploy.cli_pauses import pauses_app
 from deploy.cli_registry import halt_app, registry_app
 from deploy.processes import ServersError
@@ -56,6 +57,7 @@ for name, group in {
     "approvals": approvals_app,
     "dlq": dlq_app,
     "pauses": pauses_app,
+    "history": history_app,
 }.items():
     app.add_typer(group, name=name)
 cli_people.attach(app)

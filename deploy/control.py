@@ -14,7 +14,7 @@ from deploy import keys
 from deploy.credentials import authenticator, token_issuer
 from deploy.settings import Settings
 from deploy.stopping import stop_signal
-from deploy.wiring import Kit, background, health_door, kit, pauses, registry
+from deploy.wiring import Kit, background, healing, health_door, kit, pauses, registry
 from gateway.control.app import create_control
 from gateway.control.desk import Desk
 from gateway.health import CollectorRegistry, serve
@@ -72,6 +72,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
     tokens = token_issuer(settings)
     ports = PeoplePorts(k.engine, k.clock, k.ids, Passwords(), k.layouts, tokens, management)
     people = People(ports, PeoplePolicy(pepper, settings.token_ttl))
+    dry_ports = StagePorts(PostgresLedger(k.engine), registry(k), healing(k), recording=False)
     desk = Desk(
         credentials=authenticator(settings, directory, k.clock),
         exists=people.tenants.exists,
@@ -80,7 +81,7 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         approvals=approvals,
         looking=Looking(k.engine, k.state_store),
         letters=PostgresLetterDesk(k.engine, k.clock, k.ids, k.layouts),
-        redecider=StageSimulator(StagePorts(PostgresLedger(k.engine), registry(k)), k.clock, k.ids, _DRY_RUNS),
+        redecider=StageSimulator(dry_ports, k.clock, k.ids, _DRY_RUNS),
         pauses=pauses(k),
         telemetry=k.telemetry,
         clock=k.clock,

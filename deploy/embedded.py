@@ -50,9 +50,11 @@ from governance.memory import (
     MemoryLedger,
     MemoryRegistry,
 )
+from governance.memory.past import MemoryPast
 from governance.memory.records import DEAD_LETTERS
 from resilience.memory.broker import MemoryBroker
 from resilience.memory.consumer import MemoryConsumer
+from resilience.memory.features import MemoryFeatureStore
 from resilience.memory.replies import MemoryReplies
 from resilience.memory.state_store import MemoryRedis, MemoryStateStore
 from resilience.rabbit import ConsumerPolicy, Handler
@@ -67,6 +69,7 @@ from workers.sinks.metrics import MetricsSink
 from workers.sinks.parking import ParkingSink
 from workers.stages import StagePorts
 from workers.telemetry import QueueTelemetry
+from workers.velocity import HealingFeatures, LabelFeed
 
 BANNER: Final = "embedded: everything is in memory and ends with this process; it keeps no promise across a crash"
 TENANT: Final = TenantScope("demo")
@@ -128,23 +131,21 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
     """Start every role in this process; stops them in the fleet's order: doors, stages, sinks."""
     clock, ids = SystemClock(), RandomIds()
     boot = new_boot_id(ids.token())
-    layouts = Layouts.first(settings.partitions)
+    layouts, database, redis = Layouts.first(settings.partitions), MemoryDatabase(clock), MemoryRedis(clock)
     broker = MemoryBroker(topology(settings.partitions), clock)
     await broker.apply(tenant_ingest(TENANT.ingest_queue, TENANT.tenant_id))
-    database = MemoryDatabase(clock)
+    past, features = MemoryPast(database), MemoryFeatureStore(redis, ids)
     directory, ledger, registry = MemoryDirectory(database), MemoryLedger(database), MemoryRegistry(database)
     api_key, _, _ = new_api_key(secrets.token_bytes(KEY_BYTES), secrets.token_bytes(32))
     directory.create_tenant(TENANT, "Demo tenant", f"up-{TENANT}")
     directory.create_api_key(TENANT, api_key)
 
     publisher = broker.publisher("embedded", timeout_s=settings.publish_timeout_s)
-    store = MemoryStateStore(
-        MemoryRedis(clock), boot, StatePolicy(settings.lease_ms, settings.state_ttl, settings.tombstone_ttl)
-    )
+    store = MemoryStateStore(redis, boot, StatePolicy(settings.lease_ms, settings.state_ttl, settings.tombstone_ttl))
     telemetry = QueueTelemetry(publisher, ids)
     refusals = RefusalLog(RefusalCounter(RefusalPolicy(boot)), publisher, telemetry, clock, layouts)
     intake = Intake(IntakePorts(store, publisher, ledger, telemetry, clock, ids), refusals, layouts)
-    stage_ports = StagePorts(ledger, registry)
+    stage_ports = StagePorts(ledger, registry, HealingFeatures(features, past))
     replies, stopping, measured = MemoryReplies(broker, boot), asyncio.Event(), CollectorRegistry()
     runner_ports = RunnerPorts(store, ledger, publisher, stage_ports, telemetry, clock, ids)
     runner_policy = RunnerPolicy(retry=RetryPolicy(settings.retry_waits_ms))
@@ -171,7 +172,9 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
     ]
     sinks = [
         consumer(queues, handler, _SINK)
-        for queues, handler in _sink_handlers(database, publisher, telemetry, clock, measured, layouts)
+        for queues, handler in _sink_handlers(
+            database, publisher, telemetry, clock, measured, layouts, LabelFeed(features, past)
+        )
     ]
 
     async def check() -> HealthReport:
@@ -186,7 +189,9 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
         ids,
         feed=MemoryDecisionFeed(database),
         labels=labels,
-        simulator=StageSimulator(stage_ports, clock, ids, settings.simulations) if settings.simulations else None,
+        simulator=StageSimulator(replace(stage_ports, recording=False), clock, ids, settings.simulations)
+        if settings.simulations
+        else None,
         waiting=Waiting(replies, ledger, clock, stopping=stopping),
     )
     door = HealthDoor(settings.environment, settings.version, check, measured)
@@ -214,6 +219,12 @@ async def embedded(settings: Settings) -> AsyncIterator[EmbeddedFleet]:
         await asyncio.gather(ticking, flushing, return_exceptions=True)
 
 
+def _simulator(settings: Settings, ports: StagePorts, clock: Clock, ids: RandomIds) -> StageSimulator | None:
+    if not settings.simulations:
+        return None
+    return StageSimulator(replace(ports, recording=False), clock, ids, settings.simulations)
+
+
 def _sink_handlers(
     database: MemoryDatabase,
     publisher: Publisher,
@@ -221,12 +232,13 @@ def _sink_handlers(
     clock: Clock,
     measured: CollectorRegistry,
     layouts: Layouts,
+    feed: LabelFeed,
 ) -> list[tuple[Sequence[str], Handler]]:
     audit, book = MemoryAuditLog(database), MemoryLabelBook(database)
     return [
         (layouts.newest.audit_queues(), AuditSink(audit, publisher, telemetry, clock).handle),
         ([parked_queue(source) for source in PARKED_SOURCES], ParkingSink(MemoryDeadLetters(database), clock).handle),
-        ([LABELS_QUEUE], LabelsSink(book, publisher, telemetry, clock).handle),
+        ([LABELS_QUEUE], LabelsSink(book, publisher, telemetry, clock, feed.feed).handle),
         ([DELIVERY_QUEUE], DeliverySink(MemoryLedger(database), publisher, telemetry).handle),
         ([METRICS_QUEUE], MetricsSink(measured).handle),
     ]

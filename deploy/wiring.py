@@ -39,6 +39,7 @@ from governance.postgres import engine as pg
 from resilience.monitor import MonitorPolicy, Readings, ServerReading, StageReading, judge
 from resilience.rabbit import ConsumerPolicy, Handler, Probe, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
+from resilience.redis_features import RedisFeatureStore
 from workers.telemetry import QueueTelemetry
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from governance.postgres import AsyncEngine, PostgresDirectory, PostgresLedger, PostgresRegistry
     from governance.postgres.layouts import PostgresLayouts
     from governance.postgres.pauses import PostgresPauses
+    from workers.velocity import HealingFeatures
 
 log = structlog.get_logger("role")
 
@@ -73,6 +75,7 @@ class Kit:
     state_store: RedisStateStore
     telemetry: QueueTelemetry
     layouts: PostgresLayouts
+    features: RedisFeatureStore
 
     async def read(self) -> Readings:
         """Whether each server answers now, and in what time (s); all three at once."""
@@ -108,7 +111,8 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
     boot = new_boot_id(ids.token())
     engine = pg.create_engine(settings.need("database_url"), application_name=f"riskfleet-{role}")
     policy = StatePolicy(settings.lease_ms, settings.state_ttl, settings.tombstone_ttl)
-    state_store = RedisStateStore(connect(settings.need("redis_url")), boot, policy)
+    client = connect(settings.need("redis_url"))
+    state_store, features = RedisStateStore(client, boot, policy), RedisFeatureStore(client, clock, ids)
     publisher = RabbitPublisher(
         settings.need("rabbitmq_url"), timeout_s=settings.publish_timeout_s, name=f"riskfleet-{role}"
     )
@@ -121,7 +125,7 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
         await publisher.start()
         await telemetry.start()
         spare_collector()
-        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry, layouts)
+        yield Kit(settings, boot, clock, ids, engine, publisher, state_store, telemetry, layouts, features)
         # Last measurements need the publisher; the publisher outlives everything that publishes.
         await telemetry.stop()
     finally:
@@ -190,7 +194,7 @@ async def run_worker(settings: Settings, stage: Stage) -> None:
             k.state_store,
             ledger,
             k.publisher,
-            StagePorts(ledger, registry(k)),
+            StagePorts(ledger, registry(k), healing(k)),
             k.telemetry,
             k.clock,
             k.ids,
@@ -208,6 +212,14 @@ def registry(k: Kit) -> PostgresRegistry:
     from governance.postgres.registry import PostgresRegistry
 
     return PostgresRegistry(k.engine, k.clock, keys.artifact_verifier(k.settings))
+
+
+def healing(k: Kit) -> HealingFeatures:
+    """Velocity as stages read it."""
+    from governance.postgres.past import PostgresPast
+    from workers.velocity import HealingFeatures
+
+    return HealingFeatures(k.features, PostgresPast(k.engine))
 
 
 def pauses(k: Kit) -> PostgresPauses:
@@ -235,13 +247,16 @@ async def run_sink(settings: Settings, sink: str) -> None:
             from governance.postgres.deadletters import PostgresDeadLetters
             from governance.postgres.labels import PostgresLabelBook
             from governance.postgres.ledger import PostgresLedger
+            from governance.postgres.past import PostgresPast
             from workers.sinks.delivery import DeliverySink
             from workers.sinks.labels import LabelsSink
             from workers.sinks.parking import ParkingSink, TenantBrake
+            from workers.velocity import LabelFeed
 
             brake = TenantBrake(pauses(k).trip, k.telemetry, k.clock)
             letters = ParkingSink(PostgresDeadLetters(k.engine, k.clock), k.clock, brake)
-            labels = LabelsSink(PostgresLabelBook(k.engine), k.publisher, k.telemetry, k.clock)
+            feed = LabelFeed(k.features, PostgresPast(k.engine)).feed
+            labels = LabelsSink(PostgresLabelBook(k.engine), k.publisher, k.telemetry, k.clock, feed)
             parts = [
                 ([parked_queue(source) for source in PARKED_SOURCES], letters.handle),
                 ([LABELS_QUEUE], labels.handle),
@@ -299,7 +314,8 @@ def _simulator(k: Kit, ledger: PostgresLedger) -> Simulator | None:
     from workers.simulation import StageSimulator
     from workers.stages import StagePorts
 
-    return StageSimulator(StagePorts(ledger, registry(k)), k.clock, k.ids, k.settings.simulations, k.telemetry.record)
+    ports = StagePorts(ledger, registry(k), healing(k), recording=False)
+    return StageSimulator(ports, k.clock, k.ids, k.settings.simulations, k.telemetry.record)
 
 
 async def run_ingress(settings: Settings) -> None:

@@ -259,6 +259,15 @@ CREATE TABLE public.halts (
 
 ALTER TABLE ONLY public.halts FORCE ROW LEVEL SECURITY;
 
+CREATE TABLE public.imported_history (
+    tenant text NOT NULL,
+    source text NOT NULL,
+    part integer NOT NULL,
+    packed bytea NOT NULL
+);
+
+ALTER TABLE ONLY public.imported_history FORCE ROW LEVEL SECURITY;
+
 CREATE TABLE public.labels (
     tenant text NOT NULL,
     label_id text NOT NULL,
@@ -540,6 +549,9 @@ ALTER TABLE ONLY public.events
 ALTER TABLE ONLY public.halts
     ADD CONSTRAINT halts_pkey PRIMARY KEY (tenant, model);
 
+ALTER TABLE ONLY public.imported_history
+    ADD CONSTRAINT imported_history_pkey PRIMARY KEY (tenant, source, part);
+
 ALTER TABLE ONLY public.labels
     ADD CONSTRAINT labels_pkey PRIMARY KEY (tenant, label_id);
 
@@ -708,6 +720,8 @@ ALTER TABLE public.events ENABLE ROW LEVEL SECURITY;
 
 ALTER TABLE public.halts ENABLE ROW LEVEL SECURITY;
 
+ALTER TABLE public.imported_history ENABLE ROW LEVEL SECURITY;
+
 ALTER TABLE public.labels ENABLE ROW LEVEL SECURITY;
 
 ALTER TABLE public.letter_history ENABLE ROW LEVEL SECURITY;
@@ -733,6 +747,8 @@ CREATE POLICY own_tenants ON public.decisions USING (((tenant COLLATE "C") = ANY
 CREATE POLICY own_tenants ON public.events USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
 
 CREATE POLICY own_tenants ON public.halts USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
+
+CREATE POLICY own_tenants ON public.imported_history USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
 
 CREATE POLICY own_tenants ON public.labels USING (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[]))) WITH CHECK (((tenant COLLATE "C") = ANY (( SELECT public.rf_tenants() AS rf_tenants)::text[])));
 
@@ -801,6 +817,8 @@ GRANT UPDATE(superseded_by) ON TABLE public.decisions TO riskfleet_app;
 GRANT SELECT,INSERT ON TABLE public.events TO riskfleet_app;
 
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE public.halts TO riskfleet_app;
+
+GRANT SELECT,INSERT ON TABLE public.imported_history TO riskfleet_app;
 
 GRANT SELECT,INSERT ON TABLE public.labels TO riskfleet_app;
 

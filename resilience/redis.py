@@ -29,6 +29,7 @@ import redis.asyncio as aioredis
 import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 
 from contracts.codec import Entry
 from contracts.failures import StateStoreError
@@ -77,7 +78,7 @@ def connect(url: str, *, timeout_s: float = 2.0, connections: int = 32) -> aiore
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def translated() -> AsyncIterator[None]:
     """Translate what the client raises into StateStoreError, once."""
     try:
         yield
@@ -86,6 +87,38 @@ async def _translated() -> AsyncIterator[None]:
         raise StateStoreError(
             f"Redis does not answer ({type(error).__name__}); is it up, and is REDIS_URL right?"
         ) from error
+
+
+Client = aioredis.Redis
+Script = AsyncScript
+
+
+def register(client: Client, text: str) -> Script:
+    """A script of this text; nothing is sent yet."""
+    return client.register_script(text)
+
+
+async def run_all(client: Client, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+    """Run a script with each (keys, arguments), in one round trip; one that may be repeated.
+
+    A server that does not know it yet is told it, and asked again.
+    """
+    async with translated():
+        answers = await _evaluate(client, script, calls)
+        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            await client.script_load(script.script)
+            answers = await _evaluate(client, script, calls)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+
+async def _evaluate(client: Client, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+    async with client.pipeline(transaction=False) as pipe:
+        for keys, args in calls:
+            pipe.evalsha(script.sha, len(keys), *keys, *args)
+        return list(await pipe.execute(raise_on_error=False))
 
 
 def _text(value: bytes | str | None) -> str:
@@ -113,7 +146,7 @@ class RedisStateStore:
         }
 
     async def _run(self, name: str, keys: Sequence[str], args: Iterable[Any]) -> Any:
-        async with _translated():
+        async with translated():
             return await self._scripts[name](keys=keys, args=list(args))
 
     async def reserve(self, entries: Sequence[Entry], limits: Sequence[TenantLimits] = ()) -> Sequence[Reservation]:
@@ -175,7 +208,7 @@ class RedisStateStore:
 
     async def backlog(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[StageBacklog]:
         """One per stage, in one round trip; also drops what outlived its state."""
-        async with _translated(), self._client.pipeline(transaction=False) as pipe:
+        async with translated(), self._client.pipeline(transaction=False) as pipe:
             for n, stage in enumerate(STAGES):
                 pipe.exists(_whole_key(stage))
                 for scope in scopes:
@@ -197,7 +230,7 @@ class RedisStateStore:
 
     async def undecided(self, scopes: Sequence[TenantScope], now: datetime) -> Sequence[int]:
         """Events of each tenant at any stage, in one round trip."""
-        async with _translated(), self._client.pipeline(transaction=False) as pipe:
+        async with translated(), self._client.pipeline(transaction=False) as pipe:
             for scope in scopes:
                 for n in range(len(STAGES)):
                     pipe.zcount(f"{scope.backlog_key}:{n}", self._dead_ms(now), "+inf")
@@ -207,7 +240,7 @@ class RedisStateStore:
     async def trust(self, stages: Sequence[str]) -> None:
         """Say that everything which waits for these stages is counted now."""
         if stages:
-            async with _translated():
+            async with translated():
                 await self._client.mset({_whole_key(stage): b"1" for stage in stages})
 
     def _dead_ms(self, now: datetime) -> int:
@@ -216,7 +249,7 @@ class RedisStateStore:
 
     async def peek(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[Peek | None]:
         """Read versions without claiming, in one round trip."""
-        async with _translated(), self._client.pipeline(transaction=False) as pipe:
+        async with translated(), self._client.pipeline(transaction=False) as pipe:
             for scope, event_id in keys:
                 pipe.hmget(scope.state_key(event_id), ["v", "b", "s", "h", "t"])
             rows = await pipe.execute()
@@ -229,12 +262,12 @@ class RedisStateStore:
 
     async def beat(self) -> None:
         """Say that this process is alive."""
-        async with _translated():
+        async with translated():
             await self._client.set(_heartbeat_key(self._boot), b"1", ex=self._policy.heartbeat_ttl_s)
 
     async def alive(self, boots: Sequence[str]) -> Sequence[bool]:
         """Whether each process beats; a process of this host is also looked up, since a beat outlives a kill."""
-        async with _translated(), self._client.pipeline(transaction=False) as pipe:
+        async with translated(), self._client.pipeline(transaction=False) as pipe:
             for boot in boots:
                 pipe.exists(_heartbeat_key(boot))
             beats = await pipe.execute()
@@ -243,10 +276,10 @@ class RedisStateStore:
     async def begin_alone(self, scope: TenantScope, event_id: str, stage: str) -> int:
         """Note that this process runs a suspect alone; answers how many holders died doing so."""
         key = scope.suspect_key(event_id, stage)
-        async with _translated():
+        async with translated():
             holder = _text(await self._client.hget(key, "h"))
         died = bool(holder) and holder != self._boot and not (await self.alive([holder]))[0]
-        async with _translated(), self._client.pipeline(transaction=True) as pipe:
+        async with translated(), self._client.pipeline(transaction=True) as pipe:
             pipe.hincrby(key, "c", 1 if died else 0)
             pipe.hset(key, "h", self._boot)
             pipe.expire(key, self._policy.state_ttl_s)
@@ -254,27 +287,27 @@ class RedisStateStore:
 
     async def end_alone(self, scope: TenantScope, event_id: str, stage: str) -> None:
         """The suspect settled."""
-        async with _translated():
+        async with translated():
             await self._client.delete(scope.suspect_key(event_id, stage))
 
     async def ping(self) -> None:
         """One round trip; raises StateStoreError."""
-        async with _translated():
+        async with translated():
             await self._client.ping()
 
     async def eviction_policy(self) -> str:
         """`maxmemory-policy` of the server; anything but noeviction would lose state silently."""
-        async with _translated():
+        async with translated():
             return _text((await self._client.config_get("maxmemory-policy")).get("maxmemory-policy"))
 
     async def version(self) -> str:
         """The server's version."""
-        async with _translated():
+        async with translated():
             return str((await self._client.info("server"))["redis_version"])
 
     async def memory_bytes(self) -> int:
         """`used_memory` of the server."""
-        async with _translated():
+        async with translated():
             return int((await self._client.info("memory"))["used_memory"])
 
     async def script_round_trip_ms(self) -> float:

@@ -53,6 +53,7 @@ GRANTS: Final[Mapping[str, str]] = {
     "pauses": "SELECT, INSERT, UPDATE, DELETE",
     "probes": "SELECT, INSERT, UPDATE",
     "layouts": "SELECT, INSERT, UPDATE (retired_at, removed_at)",
+    "imported_history": "SELECT, INSERT",
     "tenants": "SELECT, INSERT, UPDATE",
     "users": "SELECT, INSERT, UPDATE",
     "memberships": "SELECT, INSERT, DELETE",

@@ -349,6 +349,13 @@ layouts = Table(
     CheckConstraint("partitions BETWEEN 1 AND 100", name="layouts_partitions"),
 )
 
+imported_history = Table(
+    "imported_history",
+    metadata,
+    *(_text("tenant"), _text("source"), _int("part"), _bytes("packed")),
+    PrimaryKeyConstraint("tenant", "source", "part"),
+)
+
 tenants = Table(
     "tenants",
     metadata,

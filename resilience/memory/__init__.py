@@ -7,6 +7,7 @@ durability: everything is gone with the process.
 
 from resilience.memory.broker import Faults, MemoryBroker, MemoryPublisher, QueueDepth
 from resilience.memory.consumer import MemoryConsumer
+from resilience.memory.features import MemoryFeatureStore
 from resilience.memory.replies import MemoryReplies
 from resilience.memory.state_store import Cell, MemoryRedis, MemoryStateStore
 from resilience.memory.time import CountingIds, SteppingClock
@@ -17,6 +18,7 @@ __all__ = [
     "Faults",
     "MemoryBroker",
     "MemoryConsumer",
+    "MemoryFeatureStore",
     "MemoryPublisher",
     "MemoryRedis",
     "MemoryReplies",

@@ -35,6 +35,7 @@ from contracts.ports import (
 )
 from contracts.tenancy import TenantScope
 from contracts.topology import STAGES
+from contracts.velocity import Mark, Sample, Verdict
 from resilience.limiter import conform
 from resilience.redis import StatePolicy, status_of
 
@@ -98,6 +99,11 @@ class MemoryRedis:
         self.trusted: dict[str, bool] = {}
         self.attempts: dict[tuple[str, TenantScope, int], int] = {}
         self.arrivals: dict[TenantScope, int] = {}
+        self.samples: dict[str, tuple[Sample, ...]] = {}
+        self.verdicts: dict[str, Verdict] = {}
+        self.epochs: dict[TenantScope, tuple[Mark, int]] = {}
+        self.sequences: dict[TenantScope, int] = {}
+        self.run = 1
         self.down = False
         self._clock = clock
         self._undo_ms = round(undo_s * 1000)
@@ -110,9 +116,9 @@ class MemoryRedis:
         return _ms(self._clock.now())
 
     def flush(self) -> None:
-        """FLUSHALL: states, suspects, heartbeats, backlog and rates."""
+        """FLUSHALL: states, suspects, heartbeats, backlog, rates and features."""
         tables: tuple[dict[Any, Any], ...] = (self.cells, self.alone, self.beats, self.trusted, self.attempts)
-        tables += (self.arrivals, *self.members.values())
+        tables += (self.arrivals, *self.members.values(), self.samples, self.verdicts, self.epochs, self.sequences)
         for table in tables:
             for key in list(table):
                 self._write(table, key, None)
@@ -126,6 +132,7 @@ class MemoryRedis:
         since = _ms(moment)
         if self.now_ms - since > self._undo_ms:
             raise ValueError("undo_s is shorter than the tail to lose: make the MemoryRedis with a longer one")
+        self.run += 1
         while self._changes and self._changes[-1].at >= since:
             change = self._changes.pop()
             if change.before is None:
@@ -184,6 +191,10 @@ class MemoryRedis:
     def counted(self, what: str, scopes: Sequence[TenantScope], n: int) -> int:
         """So many attempts of these tenants."""
         return sum(self.attempts.get((what, scope, n), 0) for scope in scopes)
+
+    def keep(self, table: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Store a value of a table of features, or remove it with None."""
+        self._write(table, key, value)
 
     def arrive(self, scope: TenantScope, arrival_us: int) -> None:
         """Remember the theoretical arrival time of a tenant's next event (see `resilience.limiter`)."""

@@ -50,8 +50,10 @@ from governance.memory import (
     MemoryLedger,
     MemoryRegistry,
 )
+from governance.memory.past import MemoryPast
 from resilience.memory.broker import Faults, MemoryBroker
 from resilience.memory.consumer import MemoryConsumer
+from resilience.memory.features import MemoryFeatureStore
 from resilience.memory.state_store import MemoryRedis, MemoryStateStore
 from resilience.rabbit import ConsumerPolicy, Handler, PausePolicy
 from resilience.redis import StatePolicy
@@ -62,6 +64,7 @@ from workers.sinks.audit import AuditSink
 from workers.sinks.delivery import DeliverySink
 from workers.sinks.parking import ParkingSink
 from workers.stages import StagePorts
+from workers.velocity import HealingFeatures
 
 TENANTS: Final = (TenantScope("acme"), TenantScope("globex"), TenantScope("initech"))
 START: Final = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -78,7 +81,7 @@ _CALLS: Final[dict[str, tuple[str, ...]]] = {
     "sink-parking": ("park",),
 }
 _MORE: Final[dict[str, tuple[str, ...]]] = {
-    Stage.RETRIEVAL: ("record_events", "active", "histories"),
+    Stage.RETRIEVAL: ("record_events", "active", "histories", "observe"),
     Stage.SCORING: ("artifacts",),
     Stage.GUARDRAIL: ("artifacts",),
     Stage.DECISION: ("revoked", "decide"),
@@ -247,7 +250,9 @@ class Process(Owner):
         if self.kind in ("gateway", "ingress"):
             self._door(passing_store, publisher, ledger, probe)
         elif self.kind in STAGES:
-            stage_ports = StagePorts(ledger, Passing(f.registry, self))
+            features = Passing(MemoryFeatureStore(f.redis, self.ids, wire=f.wire), self)
+            healing = HealingFeatures(features, MemoryPast(f.database))
+            stage_ports = StagePorts(ledger, Passing(f.registry, self), healing)
             ports = RunnerPorts(passing_store, ledger, publisher, stage_ports, f.counts, self.clock, self.ids)
             policy = RunnerPolicy(retry=RetryPolicy((1_000, 5_000)))
             runner = StageRunner(Stage(self.kind), ports, Layouts.first(f.partitions), policy)

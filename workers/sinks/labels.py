@@ -1,13 +1,13 @@
 """The labels sink: late ground truth from the queue into the table `labels`, each label once.
 
 Promises that a delivery is acked only after its label is committed, and that one label that PostgreSQL refuses, or
-that cannot be read, is parked alone. Does not ask whether the event exists: a label may precede it. Does not feed
-features; whoever computes them reads the table.
+that cannot be read, is parked alone. Does not ask whether the event exists: a label may precede it. Features learn of
+a label after its row is there and before its ack, also of one that was there already: they may have missed it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
@@ -24,12 +24,21 @@ log = structlog.get_logger("labels")
 
 _STAGE = "labels"
 
+Feed = Callable[[Sequence[Label]], Awaitable[None]]
+
+
+async def _nobody(_: Sequence[Label]) -> None:
+    return None
+
 
 class LabelsSink:
     """Records what gathered in one call."""
 
-    def __init__(self, label_book: LabelBook, publisher: Publisher, telemetry: Telemetry, clock: Clock) -> None:
-        """`publisher` is for parking what cannot be recorded."""
+    def __init__(
+        self, label_book: LabelBook, publisher: Publisher, telemetry: Telemetry, clock: Clock, feed: Feed = _nobody
+    ) -> None:
+        """`publisher` is for parking what cannot be recorded; `feed` takes what was, and may be given it again."""
+        self._feed = feed
         self._label_book = label_book
         self._publisher = publisher
         self._telemetry = telemetry
@@ -57,7 +66,10 @@ class LabelsSink:
         return [Ack()] * len(deliveries)
 
     async def _record(self, rows: Sequence[tuple[Label, int]]) -> Sequence[bool]:
-        return await self._label_book.record([label for label, _ in rows])
+        labels = [label for label, _ in rows]
+        fresh = await self._label_book.record(labels)
+        await self._feed(labels)
+        return fresh
 
     def _refuse(self, row: tuple[Label, int], error: Exception) -> Park:
         label, replays = row

@@ -1,7 +1,8 @@
-"""Retrieval: pin the versions that will decide this event, and the history of its subject.
+"""Retrieval: pin the versions that will decide this event, the history of its subject, and its velocity.
 
 Promises: from here on `Pins.now` is the event's clock, and what has no approved, active version is
-named in `unavailable`. Does not read the content of what it pins.
+named in `unavailable`; so is a velocity whose history was lost and not rebuilt yet. Does not read the content of what
+it pins.
 """
 
 # ruff: noqa: ARG001 - every stage has the same signature, whatever it needs of it
@@ -10,24 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from contracts.lifecycle import Status
 from contracts.ports import ActiveSet
 from contracts.state import Created, EventState, Pins, SubjectHistory
+from contracts.velocity import Velocity, sighting_of
+from workers.judgement.features import velocity_of
 from workers.stages.step import StagePorts, Step, Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalFacts:
-    """What is active for the tenant, halt switch included, and what is known of the subject."""
+    """What is active for the tenant, halt switch included, and what is known of the subject and counterparty."""
 
     active: ActiveSet
     history: SubjectHistory
+    velocity: Velocity | None = None
 
 
 async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[RetrievalFacts]:
-    """Histories and active sets, one registry call per kind in the batch. InfrastructureError passes through."""
+    """Histories, velocity and active sets, one registry call per kind in the batch. InfrastructureError passes through.
+
+    Velocity is one atomic record-and-read; a repeat of it answers as the first time.
+    """
     histories = await ports.ledger.histories(states)
+    velocities = await _velocities(states, ports)
     active: dict[int, ActiveSet] = {}
     for kind in dict.fromkeys(state.KIND for state in states):
         places = [place for place, state in enumerate(states) if kind == state.KIND]
@@ -35,7 +44,23 @@ async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[Re
             [states[place].scope for place in places], kind, [states[place].event.type for place in places]
         )
         active.update(zip(places, sets, strict=True))
-    return [RetrievalFacts(active[place], history) for place, history in enumerate(histories)]
+    return [RetrievalFacts(active[i], *known) for i, known in enumerate(zip(histories, velocities, strict=True))]
+
+
+async def _velocities(states: Sequence[EventState], ports: StagePorts) -> Sequence[Velocity | None]:
+    if ports.features is None:
+        return [None] * len(states)
+    policy = ports.velocity
+    sightings = [
+        sighting_of(s.scope, s.event_id, s.event, datetime.fromisoformat(s.received_at), policy.attribute)
+        for s in states
+    ]
+    seen = await ports.features.observe(sightings, record=ports.recording)
+    currencies = [b"" if s.event.amount is None else s.event.amount.currency.encode() for s in states]
+    return [
+        velocity_of(one, sighting.at, currency, policy)
+        for one, sighting, currency in zip(seen, sightings, currencies, strict=True)
+    ]
 
 
 def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwatch) -> Step:
@@ -51,9 +76,14 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
     )
     named = (("model", pins.model), ("policy", pins.policy), ("guardrail", pins.guardrail))
     unavailable = tuple(name for name, pin in named if pin is None)
+    velocity = facts.velocity
+    if velocity is not None and not velocity.complete:
+        unavailable += ("velocity",)
     detail: dict[str, str | int] = {
         name: "none" if pin is None else f"{pin.name}@{pin.version}:{pin.digest[:16]}" for name, pin in named
     }
     detail |= {"thresholds": pins.thresholds.digest[:16], "halted": int(pins.halted)}
+    if velocity is not None:
+        detail["observed"] = f"{velocity.epoch}:{velocity.sequence}"
     section = Created(at=now, pins=pins, history=facts.history, unavailable=unavailable)
     return Step(Status.CREATED, section, detail)

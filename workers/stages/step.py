@@ -13,9 +13,10 @@ from typing import Any
 
 from contracts.failures import InvalidModelStateError, InvalidWorkflowStateError, ModelNotApprovedError
 from contracts.lifecycle import Status
-from contracts.ports import Artifact, Ledger, Registry
+from contracts.ports import Artifact, FeatureStore, Ledger, Registry
 from contracts.state import Created, EventState, Pin, Processed, Section, Validated
 from contracts.topology import Stage
+from contracts.velocity import VelocityPolicy
 
 Stopwatch = Callable[[], float]
 """Monotonic seconds, injected: the only time that a decision may measure, and only to report it."""
@@ -32,10 +33,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StagePorts:
-    """What a stage may ask."""
+    """What a stage may ask. `features`: None where no velocity is kept; `recording`: whether it observes events too."""
 
     ledger: Ledger
     registry: Registry
+    features: FeatureStore | None = None
+    velocity: VelocityPolicy = field(default_factory=VelocityPolicy)
+    recording: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,13 @@ from contracts.events import Event, parse_event
 from contracts.failures import InvalidModelStateError
 from contracts.ports import Artifact
 from contracts.state import Pin, SubjectHistory
+from deploy.control import validators
 from workers.judgement.models import coverage, load_model, score_event
 from workers.judgement.models_calibration import Isotonic, Platt
 from workers.judgement.models_inputs import UnreadableInputError
 from workers.judgement.models_trees import ZERO, Forest, Tree, Trees
 from workers.offline.lightgbm_text import parse_booster
+from workers.stages import scoring
 
 GOLDEN = Path(__file__).with_name("golden_trees.json")
 HISTORY = SubjectHistory()
@@ -124,8 +126,8 @@ def test_all_trees_at_once_answer_as_each_tree_node_by_node(seed: int, trees: in
         values = random_values(rng)
         each = [slow(tree, values) for tree in forest.content.trees]
         answer = forest.answer(values)
-        assert forest.raw(values) == answer.raw == math.fsum(each)
-        assert answer.expected + math.fsum(answer.contributions) == pytest.approx(answer.raw, abs=1e-9)
+        assert answer.raw == pytest.approx(math.fsum(each), abs=1e-12)
+        assert answer.expected + math.fsum(answer.contributions) == pytest.approx(answer.raw, abs=1e-6)
 
 
 def test_recorded_answers_of_lightgbm_are_met_to_a_billionth() -> None:
@@ -243,3 +245,16 @@ def test_calibrations_are_monotone_and_end_level() -> None:
     assert [isotonic.score(raw) for raw in (-9, -0.5, 1, 2, 9)] == [5, 5, 47.5, 90, 90]
     platt = Platt(method="platt", a=2.0, b=0.0)
     assert [round(platt.score(raw), 6) for raw in (-1e9, 0, 1e9)] == [0, 50, 100]
+
+
+def test_a_model_with_factors_without_words_cannot_be_submitted_and_hears_of_all_of_them() -> None:
+    inputs = [{"feature": "attributes.x"}, {"feature": "attributes.y"}]
+    findings = validators()["model"](content(stump(), stump(split=[1]), inputs=inputs))
+    assert [reason for _, reason in findings] == ["attributes.x has no reason code", "attributes.y has no reason code"]
+    assert validators()["model"](content(stump())) == ()
+
+
+def test_no_automatic_approval_where_what_raised_the_score_has_no_words() -> None:
+    scored = score_event(artifact(content(stump(), inputs=[{"feature": "attributes.x"}])), event(x=11), HISTORY)
+    assert scored.uncovered == ("attributes.x",)
+    assert scoring._unavailable(scored, policy=True) == ("reasons",)

@@ -145,7 +145,7 @@ def coverage(artifact: Artifact, catalogues: Sequence[Catalogue] = ()) -> tuple[
 def score_event(
     artifact: Artifact, event: Event, history: SubjectHistory, catalogue: Catalogue | None = None
 ) -> Scored:
-    """Score an event. Raises InvalidModelStateError for no model, UnreadableInputError for what trees take for nonsense."""
+    """Score an event. Raises InvalidModelStateError for no model, UnreadableInputError for nonsense."""
     model = load_model(artifact)
     total, raised = _by_trees(model, event, history) if isinstance(model, Forest) else _by_card(model, event, history)
     if not math.isfinite(total):

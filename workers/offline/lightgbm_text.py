@@ -7,6 +7,7 @@ several classes, other objectives than a probability) is refused. Learns nothing
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ from typing import Any
 
 from contracts.failures import InvalidModelStateError
 
+_HIGHEST = sys.float_info.max
+"""Stands for a threshold of infinity, which separates nothing but NaN from numbers; JSON has no infinity."""
 _OBJECTIVES = ("binary", "cross_entropy")
 
 
@@ -58,7 +61,8 @@ def _tree(fields: Mapping[str, str]) -> dict[str, Any]:
     leaves = _floats(fields["leaf_value"])
     if len(leaves) == 1:
         return {"split": [], "at": [], "rule": [], "left": [], "right": [], "node": [], "leaf": leaves}
-    rules, at = _ints(fields["decision_type"]), _floats(fields["threshold"])
+    rules = _ints(fields["decision_type"])
+    at = [min(max(each, -_HIGHEST), _HIGHEST) for each in _floats(fields["threshold"])]
     left, right = _ints(fields["left_child"]), _ints(fields["right_child"])
     tree: dict[str, Any] = {
         "split": _ints(fields["split_feature"]),

@@ -60,8 +60,12 @@ class ShadowReport:
 
 def place_of(rollout: str, tenant: str, subject: str) -> int:
     """The place of a subject in a rollout, 0 to STEPS − 1, evenly spread (SHA-256)."""
-    named = "\0".join((rollout, tenant, subject)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(b"riskfleet.rollout\0" + named).digest()[:8], "big") * STEPS >> 64
+    digest = hashlib.sha256(b"riskfleet.rollout")
+    for part in (rollout, tenant, subject):
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(4, "big"))  # so that no two triples have the same bytes
+        digest.update(encoded)
+    return int.from_bytes(digest.digest()[:8], "big") * STEPS >> 64
 
 
 def is_in(percent: float, rollout: str, tenant: str, subject: str) -> bool:

@@ -1,7 +1,8 @@
 """Scoring: the model's score and reasons, then the policy set over the event, its history and its score.
 
 Promises: a model or policy that is absent, unreadable or fails gives no score or a FAIL, and is
-named in `unavailable`; never a better verdict. So is `reasons` when a factor that raised the score has no words. Does not compare the score with any limit.
+named in `unavailable`; never a better verdict. So is `reasons` when something without words raised
+the score. Does not compare the score with any limit.
 """
 
 # ruff: noqa: ARG001 - every stage has the same signature, whatever it needs of it

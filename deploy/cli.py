@@ -22,7 +22,7 @@ from rich.table import Table
 from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage
-from deploy import cli_bench, cli_people, keys, local, logs, provision, relayout, role, settings, submit
+from deploy import cli_bench, cli_people, cli_train, keys, local, logs, provision, relayout, role, settings, submit
 from deploy import doctor as doctor_checks
 from deploy.cli_approvals import approvals_app
 from deploy.cli_dlq import dlq_app
@@ -60,6 +60,7 @@ for name, group in {
     app.add_typer(group, name=name)
 cli_people.attach(app)
 cli_bench.attach(app)
+cli_train.attach(app)
 
 console = Console()
 errors = Console(stderr=True)

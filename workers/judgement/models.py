@@ -32,7 +32,7 @@ from workers.judgement.models_trees import Forest, Trees
 from workers.judgement.reasons import Catalogue, missing_words, worded
 from workers.judgement.reasons import Factor as Raised
 
-__all__ = ["Code", "Factor", "Forest", "Scorecard", "Scored", "Text", "coverage", "load_model", "score_event"]
+__all__ = ["Code", "Factor", "Forest", "Scorecard", "Scored", "Text", "coverage", "load_model", "raw_of", "score_event"]
 
 
 class Points(Content):
@@ -152,6 +152,13 @@ def score_event(
         raise InvalidModelStateError("the score is no finite number")
     told = worded(raised, catalogue)
     return Scored(round(min(100.0, max(0.0, total)), 2), told.reasons, told.uncovered)
+
+
+def raw_of(model: Model, event: Event, history: SubjectHistory) -> float:
+    """What the calibration is applied to. Raises UnreadableInputError as scoring does."""
+    if isinstance(model, Forest):
+        return model.raw(model.values(event, history))
+    return model.base + model.scale * math.fsum(points_for(each, event, history).points for each in model.factors)
 
 
 def _by_card(card: Scorecard, event: Event, history: SubjectHistory) -> tuple[float, list[Raised]]:

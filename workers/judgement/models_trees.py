@@ -206,7 +206,7 @@ class Forest:
         """What the inputs are for an event. Raises UnreadableInputError for a value of the wrong type or an unknown
         name where the input refuses those: such an event has no score, rather than a good one.
         """
-        return [_encoded(each, event, history) for each in self.content.inputs]
+        return [encoded(each, event, history) for each in self.content.inputs]
 
     def raw(self, values: Values) -> float:
         """The raw sum, as `Booster.predict(raw_score=True)` has it."""
@@ -229,7 +229,8 @@ class Forest:
         return self.content.calibration.score(raw)
 
 
-def _encoded(each: Input, event: Event, history: SubjectHistory) -> float | None:
+def encoded(each: Input, event: Event, history: SubjectHistory) -> float | None:
+    """What an input is for an event, as a number. Raises UnreadableInputError as `Forest.values` does."""
     value = read_value(each.feature, each.per, event, history)
     if value is None:
         return None

@@ -11,6 +11,8 @@ no file and signs nothing: the registry signs what somebody else approves.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +26,10 @@ from contracts.failures import DomainValidationError, RiskfleetError
 from contracts.ports import Artifact
 from contracts.state import Pin, SubjectHistory
 from workers.judgement.content import Content
-from workers.judgement.models import coverage, load_model
-from workers.judgement.models_inputs import Input, UnreadableInputError, is_number, name_of, read_value
-from workers.judgement.models_trees import UNKNOWN
+from workers.judgement.models import coverage, load_model, raw_of
+from workers.judgement.models_calibration import Platt
+from workers.judgement.models_inputs import UNKNOWN, Input, UnreadableInputError, is_number, name_of, read_value
+from workers.judgement.models_trees import encoded
 from workers.offline.lightgbm_text import parse_booster
 
 SMOOTHING: Final = 5.0
@@ -117,7 +120,7 @@ def train(examples: Sequence[Example], spec: TrainingSpec, digest: str) -> Train
     content = fit(range(len(usable))) | {"calibration": calibration}
     artifact = Artifact("model", Pin(name="trained", version=0, digest=_digest(content)), content)
     load_model(artifact)
-    evidence = {
+    evidence: dict[str, Any] = {
         "data_sha256": digest,
         "rows": len(examples),
         "unreadable_rows": len(examples) - len(usable),
@@ -134,17 +137,15 @@ def train(examples: Sequence[Example], spec: TrainingSpec, digest: str) -> Train
 
 def _extra(module: str) -> Any:
     """A library of the extra. Raises ExtraMissingError that names it."""
-    import importlib
-
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # it is there, and something that it needs is not
         raise ExtraMissingError(ExtraMissingError.__doc__ or "") from None
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    import hashlib
-
     return hashlib.sha256(canonical_json(dict(content))).hexdigest()
 
 
@@ -162,8 +163,6 @@ def _with_categories(each: Input, examples: Sequence[Example]) -> Input:
 
 def _read(examples: Sequence[Example], inputs: Sequence[Input]) -> tuple[list[Example], Rows]:
     """The rows that can be read, as scoring reads them."""
-    from workers.judgement.models_trees import encoded
-
     usable, rows = [], []
     for one in examples:
         try:
@@ -187,8 +186,6 @@ def _parts(usable: Sequence[Example], bad: Any, spec: TrainingSpec) -> list[tupl
 
 def _raw(content: Mapping[str, Any], usable: Sequence[Example]) -> Callable[[int], float]:
     """Raw sums by the document, read by what reads it when it decides."""
-    from workers.judgement.models import raw_of
-
     model = load_model(Artifact("model", Pin(name="part", version=0, digest=_digest(content)), content))
     return lambda place: raw_of(model, usable[place].event, usable[place].history)
 
@@ -207,9 +204,7 @@ def _platt(raws: Sequence[float], bad: Any) -> dict[str, Any]:
 
 def _fit_trees(rows: Rows, bad: Any, inputs: Sequence[Input], spec: TrainingSpec) -> dict[str, Any]:
     numpy, lightgbm = _extra("numpy"), _extra("lightgbm")
-    table = numpy.array(
-        [[math.nan if v is None or (v == UNKNOWN and c) else v for v, c in _typed(row, inputs)] for row in rows]
-    )
+    table = numpy.array([[math.nan if value is None else value for value in row] for row in rows])
     parameters = {
         "objective": "binary",
         "num_leaves": spec.trees.leaves,
@@ -237,10 +232,6 @@ def _fit_trees(rows: Rows, bad: Any, inputs: Sequence[Input], spec: TrainingSpec
         "average": learned.average,
         "calibration": {"method": "platt", "a": 1.0, "b": 0.0},
     }
-
-
-def _typed(row: Sequence[float | None], inputs: Sequence[Input]) -> list[tuple[float | None, bool]]:
-    return [(value, each.categories is not None) for value, each in zip(row, inputs, strict=True)]
 
 
 # --- scorecards -------------------------------------------------------------------------------------
@@ -333,8 +324,6 @@ def _evidence(good: int, bad: int, share: float) -> float:
 
 
 def _metrics(rows: Sequence[Example], raws: Sequence[float], calibration: Mapping[str, Any]) -> dict[str, Any]:
-    from workers.judgement.models_calibration import Platt
-
     numpy, metrics = _extra("numpy"), _extra("sklearn.metrics")
     curve = Platt.model_validate(dict(calibration))
     probable = numpy.array([curve.score(raw) / 100 for raw in raws])

@@ -53,6 +53,8 @@ class TreesSpec(Content):
     column_share: Annotated[float, Field(gt=0, le=1)] = 0.8
     row_share: Annotated[float, Field(gt=0, le=1)] = 0.8
     l2: Annotated[float, Field(ge=0)] = 1.0
+    single_names: Annotated[int, Field(ge=1, le=1_024)] = 4
+    """Inputs of at most this many categories are split one name against the rest."""
 
 
 class ScorecardSpec(Content):
@@ -214,6 +216,7 @@ def _fit_trees(rows: Rows, bad: Any, inputs: Sequence[Input], spec: TrainingSpec
         "bagging_fraction": spec.trees.row_share,
         "bagging_freq": 1,
         "lambda_l2": spec.trees.l2,
+        "max_cat_to_onehot": spec.trees.single_names,
         "seed": spec.seed,
         "num_threads": 1,
         "deterministic": True,

@@ -18,6 +18,7 @@ from contracts.failures import InvalidModelStateError
 from contracts.ports import Artifact
 from contracts.state import Pin, SubjectHistory
 from deploy.control import validators
+from tests.golden_trees import cases
 from workers.judgement.models import coverage, load_model, score_event
 from workers.judgement.models_calibration import Isotonic, Platt
 from workers.judgement.models_inputs import UnreadableInputError
@@ -131,8 +132,17 @@ def test_all_trees_at_once_answer_as_each_tree_node_by_node(seed: int, trees: in
 
 
 def test_recorded_answers_of_lightgbm_are_met_to_a_billionth() -> None:
-    """Missing values, zero as missing, default directions, categories; `tests/golden.py` recorded them."""
-    for case in orjson.loads(GOLDEN.read_bytes()):
+    """Missing values, zero as missing, default directions, categories; `tests/golden_trees.py` recorded them."""
+    check_answers(orjson.loads(GOLDEN.read_bytes()))
+
+
+def test_answers_of_the_installed_lightgbm_are_met_to_a_billionth() -> None:
+    pytest.importorskip("lightgbm", reason="NOT RUN: the extra `train` (lightgbm) is not installed")
+    check_answers(cases(rounds=60, rows=4_000, shown=1_000))
+
+
+def check_answers(recorded: list[dict[str, Any]]) -> None:
+    for case in recorded:
         learned = parse_booster(case["text"])
         inputs = [{"feature": f"attributes.a{n}"} for n in range(len(learned.features))]
         for place in case["categories"]:

@@ -342,13 +342,13 @@ def main() -> None:
     try:
         app()
     except (InfrastructureError, httpx.TransportError) as error:
-        errors.print(f"not reachable: {error}", style="red", highlight=False, soft_wrap=True)
+        errors.print(f"not reachable: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(3)
     except settings.SettingsError as error:
-        errors.print(str(error), style="red", highlight=False, soft_wrap=True)
+        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except (RiskfleetError, ServersError) as error:
-        errors.print(str(error), style="red", highlight=False, soft_wrap=True)
+        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from contracts.failures import DomainValidationError
+from deploy import cli
 from deploy.cli import app
 from deploy.cli_train import read_examples, read_spec
 from governance.registry import Draft
@@ -88,3 +89,16 @@ def test_a_spec_with_wrong_fields_is_told_where(tmp_path: Path) -> None:
     )
     with pytest.raises(DomainValidationError, match=r"/training/method.*/training/inputs/0"):
         read_spec(spec)
+
+
+def test_the_command_line_prints_the_name_of_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks_it() -> None:
+        raise ExtraMissingError(ExtraMissingError.__doc__ or "")
+
+    monkeypatch.setattr(cli, "app", lacks_it)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "riskfleet[train]" in capsys.readouterr().err

@@ -76,7 +76,7 @@ chaos: $(STAMP) ## 30 minutes of kills, pauses, resets and restarts under load; 
 
 lock: $(STAMP) ## Resolve the dependencies again and write requirements.lock
 	@$(PIP) install "pip-tools>=7.6,<8"
-	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --all-extras --strip-extras --allow-unsafe --no-header \
+	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --extra demo --extra dev --strip-extras --allow-unsafe --no-header \
 	  --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 	  --output-file requirements.lock pyproject.toml
 	@sed -i "/^#/d" requirements.lock

@@ -19,6 +19,7 @@ from contracts.events import Event, canonical_json
 from contracts.lifecycle import VERSION_OF, Status, check_transition
 from contracts.outcomes import Check, Decision, PolicyVerdict, Reason
 from contracts.tenancy import TenantScope
+from contracts.velocity import Velocity
 
 STATE_SCHEMA = 1
 
@@ -83,6 +84,7 @@ class Created(BaseModel):
     at: str
     pins: Pins
     history: SubjectHistory
+    velocity: Velocity | None = None
     unavailable: tuple[str, ...] = ()
 
 

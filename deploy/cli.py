@@ -22,7 +22,7 @@ from rich.table import Table
 from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage
-from deploy import cli_bench, cli_people, keys, local, logs, provision, relayout, role, settings, submit
+from deploy import cli_bench, cli_people, cli_train, keys, local, logs, provision, relayout, role, settings, submit
 from deploy import doctor as doctor_checks
 from deploy.cli_approvals import approvals_app
 from deploy.cli_dlq import dlq_app
@@ -62,6 +62,7 @@ for name, group in {
     app.add_typer(group, name=name)
 cli_people.attach(app)
 cli_bench.attach(app)
+cli_train.attach(app)
 
 console = Console()
 errors = Console(stderr=True)
@@ -343,13 +344,13 @@ def main() -> None:
     try:
         app()
     except (InfrastructureError, httpx.TransportError) as error:
-        errors.print(f"not reachable: {error}", style="red", highlight=False, soft_wrap=True)
+        errors.print(f"not reachable: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(3)
     except settings.SettingsError as error:
-        errors.print(str(error), style="red", highlight=False, soft_wrap=True)
+        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except (RiskfleetError, ServersError) as error:
-        errors.print(str(error), style="red", highlight=False, soft_wrap=True)
+        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -34,7 +34,7 @@ from resilience.management import BrokerManagement
 from resilience.reconciler import Reconciler
 from resilience.relay import OutboxRelay
 from workers.judgement.checks import load_guardrail
-from workers.judgement.models import load_model
+from workers.judgement.models import coverage, load_model
 from workers.judgement.policies import check_policy
 from workers.simulation import StageSimulator
 from workers.stages import StagePorts
@@ -47,7 +47,7 @@ _DRY_RUNS = 8
 def validators() -> Mapping[str, Validator]:
     """What looks at content before it is submitted: the very functions that read it when it decides."""
     return {
-        "model": loads_as("model", load_model),
+        "model": loads_as("model", load_model, coverage),
         "policy": loads_as("policy", check_policy),
         "guardrail": loads_as("guardrail", load_guardrail),
     }

@@ -30,7 +30,9 @@ SHARED: Final = EVERYWHERE
 ANY_MODEL: Final = "*"
 """The model of a halt that holds whatever the model."""
 
-MAX_CONTENT_BYTES: Final = 262_144
+MAX_CONTENT_BYTES: Final = 1_048_576
+"""Of canonical content: some 500 trees of 31 leaves."""
+
 RELEASE_AUTHOR, RELEASE_APPROVER = "riskfleet", "riskfleet-release"
 
 Kind = Literal["model", "prompt", "policy", "guardrail"]
@@ -286,18 +288,22 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def loads_as(kind: Kind, load: Callable[[Artifact], object]) -> Validator:
+def loads_as(
+    kind: Kind, load: Callable[[Artifact], object], more: Callable[[Artifact], Sequence[str]] = lambda _: ()
+) -> Validator:
     """A Validator out of what reads the content when it decides: what cannot be read cannot be submitted.
 
-    Any RiskfleetError of `load` is one finding about the whole content.
+    Any RiskfleetError of `load` is one finding about the whole content; `more` finds what else is wrong with content
+    that can be read, all of it at once.
     """
 
     def validate(content: Mapping[str, Any]) -> Sequence[Finding]:
         digest = digest_of(canonical_json(dict(content)))
+        artifact = Artifact(kind, Pin(name="content", version=0, digest=digest), content)
         try:
-            load(Artifact(kind, Pin(name="content", version=0, digest=digest), content))
+            load(artifact)
+            return tuple(("", reason) for reason in more(artifact))
         except RiskfleetError as error:
             return (("", error.detail),)
-        return ()
 
     return validate

@@ -107,7 +107,7 @@ def test_a_ratio_that_cannot_be_divided_counts_as_nonsense_and_an_absent_one_as_
         {"type": "scorecard", "base": 0, "factors": [INCOME], "exec": "x"},
         {"type": "scorecard", "base": 0, "factors": [INCOME | {"feature": "subject.name"}]},
         {"type": "scorecard", "base": 0, "factors": [INCOME | {"bins": [{"below": 1, "points": 0}]}]},
-        {"type": "scorecard", "base": 0, "factors": [INCOME | {"bins": [{"points": 3}]}]},
+        {"type": "scorecard", "base": 0, "factors": [INCOME], "calibration": {"method": "platt", "a": -1, "b": 0}},
         {
             "type": "scorecard",
             "base": 0,

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from contracts.codec import state_from_bytes
 from contracts.events import event_id_of, parse_event
 from contracts.labels import Label, parse_label
 from contracts.outcomes import Outcome
-from contracts.state import Created, EventState, begin
+from contracts.ports import Artifact
+from contracts.state import Created, EventState, Pin, Validated, begin
 from contracts.tenancy import TenantScope
 from contracts.velocity import Mark, Observation, Sighting, VelocityPolicy, sighting_of, since_1900
 from governance.memory import MemoryDatabase, MemoryLabelBook, MemoryLedger
@@ -20,7 +22,7 @@ from governance.memory.past import MemoryPast
 from resilience.memory import CountingIds, MemoryFeatureStore, MemoryRedis, SteppingClock
 from tests.fakes_state import DefaultsRegistry
 from workers.simulation import StageSimulator
-from workers.stages import StagePorts, retrieval
+from workers.stages import StagePorts, retrieval, scoring
 from workers.velocity import AT_ONCE, HealingFeatures, LabelFeed
 
 ACME, GLOBEX = TenantScope("acme"), TenantScope("globex")
@@ -178,3 +180,28 @@ async def test_tenants_are_healed_alone() -> None:
     mine = await parts.samples(GLOBEX)
     assert [len(mine.subject), mine.complete] == [1, True]
     assert mine.subject[0][1].hex() == event_id_of(GLOBEX, "order-1")
+
+
+async def test_a_model_names_velocity_and_has_no_score_without_a_whole_one() -> None:
+    parts = Parts()
+    factor = {
+        "feature": "subject.count.10m",
+        "bins": [{"below": 2, "points": 0}, {"points": 30, "code": "BUSY", "text": "Many events"}],
+        "missing": {"points": 0},
+    }
+    pin = Pin(name="busy", version=1, digest="velocity-busy")
+    model = Artifact("model", pin, {"type": "scorecard", "base": 10, "factors": [factor]})
+    for complete, wanted in ((True, [10, 10, 40]), (False, [None] * 3)):
+        ports = parts.ports if complete else replace(parts.ports, features=parts.store)
+        if not complete:
+            parts.server.flush()
+        states = [state(n) for n in range(3)]
+        scores = []
+        for one, facts in zip(states, await parts.accept(*states, ports=ports), strict=True):
+            step = retrieval.decide(one, facts, AT, lambda: 0.0)
+            moved = one.transition(step.target, step.section, stage="retrieval", detail=step.detail)
+            assert state_from_bytes(moved.to_bytes()) == moved
+            section = scoring.decide(moved, scoring.ScoringFacts(model, None), AT, lambda: 0.0).section
+            assert isinstance(section, Validated)
+            scores.append(section.score)
+        assert scores == wanted

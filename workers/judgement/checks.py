@@ -24,6 +24,7 @@ from contracts.failures import InvalidModelStateError
 from contracts.outcomes import Check
 from contracts.ports import Artifact
 from contracts.state import SubjectHistory, Thresholds
+from contracts.velocity import Velocity
 from workers.judgement.content import CACHED_VERSIONS, Content, ContentKey, key_of, read
 from workers.judgement.features import feature, is_feature
 from workers.judgement.injection import DEFAULT_LIMIT, look_for_injection
@@ -126,6 +127,7 @@ class Subject:
     thresholds: Thresholds
     now: str = ""
     history: SubjectHistory = field(default_factory=SubjectHistory)
+    velocity: Velocity | None = None
     model: Artifact | None = None
     unavailable: tuple[str, ...] = ()
 
@@ -238,7 +240,7 @@ def _injection(wanted: InjectionCheck, event: Event) -> str | None:
 
 
 def _evidence(path: str, subject: Subject) -> str | None:
-    return EVIDENCE_MISSING if feature(path, subject.event, subject.history) is None else None
+    return EVIDENCE_MISSING if feature(path, subject.event, subject.history, subject.velocity) is None else None
 
 
 def _model_age(subject: Subject, days: int) -> str | None:

@@ -1,17 +1,18 @@
-"""Scorecards: points per factor, summed, scaled and clipped to 0–100, where more is riskier.
+"""Models: scorecards and trees. A scorecard adds points per factor, clipped to 0–100, where more is riskier.
 
-    score = clip(base + scale × Σ points, 0, 100)
+    score = clip(base + scale × Σ points, 0, 100), or by a stored calibration of base + scale × Σ points
 
 A factor reads one feature (or the ratio of two) and finds its points in numeric `bins` (the first
 whose `below` is above the value; the last has none) or in named `values`. A feature that is absent
 has the factor's `missing` points; one of the wrong type, or a value that the card does not know, has
 the factor's *highest* points, so that nonsense never buys a better score. Method: additive scorecards,
-Siddiqi, "Credit Risk Scorecards" (2006). Nothing here learns; nothing here is code.
+Siddiqi, "Credit Risk Scorecards" (2006). `models_trees` has the trees. Nothing here learns; nothing here is code.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, Self
@@ -19,14 +20,20 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from contracts.events import Event
+from contracts.failures import InvalidModelStateError
 from contracts.outcomes import Reason
 from contracts.ports import Artifact
 from contracts.state import SubjectHistory
+from contracts.velocity import Velocity
 from workers.judgement.content import CACHED_VERSIONS, Content, ContentKey, key_of, read
-from workers.judgement.features import Value, feature, is_feature
+from workers.judgement.features import is_feature
+from workers.judgement.models_calibration import Calibration
+from workers.judgement.models_inputs import Code, Text, is_number, name_of, read_value
+from workers.judgement.models_trees import Forest, Trees
+from workers.judgement.reasons import Catalogue, missing_words, worded
+from workers.judgement.reasons import Factor as Raised
 
-Code = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Z][A-Z0-9_]*$")]
-Text = Annotated[str, Field(min_length=1, max_length=256)]
+__all__ = ["Code", "Factor", "Forest", "Scorecard", "Scored", "Text", "coverage", "load_model", "raw_of", "score_event"]
 
 
 class Points(Content):
@@ -35,12 +42,6 @@ class Points(Content):
     points: float
     code: Code | None = None
     text: Text | None = None
-
-    @model_validator(mode="after")
-    def _says_why(self) -> Self:
-        if self.points > 0 and (self.code is None or self.text is None):
-            raise ValueError("points above 0 need a code and a text")
-        return self
 
 
 class Bin(Points):
@@ -75,6 +76,11 @@ class Factor(Content):
         return self
 
     @property
+    def label(self) -> str:
+        """How people read it: the feature, or the ratio."""
+        return self.feature if self.per is None else f"{self.feature}/{self.per}"
+
+    @property
     def highest(self) -> Points:
         """The most points that this factor can give."""
         return max((*self.bins, *self.values.values(), self.missing), key=lambda each: each.points)
@@ -87,63 +93,127 @@ class Scorecard(Content):
     base: float
     scale: Annotated[float, Field(gt=0)] = 1.0
     factors: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=128)]
+    calibration: Calibration | None = None
+
+
+Model = Scorecard | Forest
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A score (0–100, two decimals) and what raised it, by weight (score points) descending."""
+    """A score (0–100, two decimals) and what raised it, by weight (score points) descending.
+
+    `uncovered`: what raised it too, and has no words.
+    """
 
     score: float
     reasons: tuple[Reason, ...]
+    uncovered: tuple[str, ...] = ()
 
 
-def load_model(artifact: Artifact) -> Scorecard:
+def load_model(artifact: Artifact) -> Model:
     """The model of an artifact, kept by digest. Raises InvalidModelStateError when it is not one."""
     return _load(key_of(artifact))
 
 
 @lru_cache(maxsize=CACHED_VERSIONS)
-def _load(key: ContentKey) -> Scorecard:
+def _load(key: ContentKey) -> Model:
+    if key.content.get("type") == "trees":
+        return Forest(read(Trees, key))
     return read(Scorecard, key)
 
 
-def score_event(artifact: Artifact, event: Event, history: SubjectHistory) -> Scored:
-    """Score an event. Raises InvalidModelStateError for content that is no model."""
-    card = load_model(artifact)
-    given = [points_for(factor, event, history) for factor in card.factors]
-    total = card.base + card.scale * math.fsum(points.points for points in given)
-    reasons = [
-        Reason(code=points.code, text=points.text, weight=round(card.scale * points.points, 2))
-        for points in given
-        if points.points > 0 and points.code is not None and points.text is not None
+def coverage(artifact: Artifact, catalogues: Sequence[Catalogue] = ()) -> tuple[str, ...]:
+    """One sentence per factor that may raise a score without words for it; empty when every reason can be told."""
+    model = load_model(artifact)
+    if isinstance(model, Forest):
+        used = {split for tree in model.content.trees for split in tree.split}
+        factors = [
+            Raised(each.label, each.code, each.text, 1.0)
+            for index, each in enumerate(model.content.inputs)
+            if index in used
+        ]
+    else:
+        factors = [
+            Raised(factor.label, points.code, points.text, points.points)
+            for factor in model.factors
+            for points in (*factor.bins, *factor.values.values(), factor.missing)
+            if points.points > 0
+        ]
+    return missing_words(factors, catalogues)
+
+
+def score_event(
+    artifact: Artifact,
+    event: Event,
+    history: SubjectHistory,
+    velocity: Velocity | None = None,
+    catalogue: Catalogue | None = None,
+) -> Scored:
+    """Score an event. Raises InvalidModelStateError for no model, UnreadableInputError for nonsense."""
+    model = load_model(artifact)
+    total, raised = (
+        _by_trees(model, event, history, velocity)
+        if isinstance(model, Forest)
+        else _by_card(model, event, history, velocity)
+    )
+    if not math.isfinite(total):
+        raise InvalidModelStateError("the score is no finite number")
+    told = worded(raised, catalogue)
+    return Scored(round(min(100.0, max(0.0, total)), 2), told.reasons, told.uncovered)
+
+
+def raw_of(model: Model, event: Event, history: SubjectHistory, velocity: Velocity | None = None) -> float:
+    """What the calibration is applied to. Raises UnreadableInputError as scoring does."""
+    if isinstance(model, Forest):
+        return model.raw(model.values(event, history, velocity))
+    return model.base + model.scale * math.fsum(
+        points_for(each, event, history, velocity).points for each in model.factors
+    )
+
+
+def _by_card(
+    card: Scorecard, event: Event, history: SubjectHistory, velocity: Velocity | None = None
+) -> tuple[float, list[Raised]]:
+    given = [(factor, points_for(factor, event, history, velocity)) for factor in card.factors]
+    total = card.base + card.scale * math.fsum(points.points for _, points in given)
+    share = 1.0
+    if card.calibration is not None:
+        before, total, raw = card.calibration.score(card.base), card.calibration.score(total), total
+        share = _share(raw - card.base, total - before)
+    return total, [
+        Raised(factor.label, points.code, points.text, share * card.scale * points.points) for factor, points in given
     ]
-    reasons.sort(key=lambda reason: (-reason.weight, reason.code))
-    return Scored(round(min(100.0, max(0.0, total)), 2), tuple(reasons))
 
 
-def points_for(factor: Factor, event: Event, history: SubjectHistory) -> Points:
+def _by_trees(
+    model: Forest, event: Event, history: SubjectHistory, velocity: Velocity | None = None
+) -> tuple[float, list[Raised]]:
+    answer = model.answer(model.values(event, history, velocity))
+    score = model.score(answer.raw)
+    share = _share(answer.raw - answer.expected, score - model.score(answer.expected))
+    return score, [
+        Raised(each.label, each.code, each.text, share * gained)
+        for each, gained in zip(model.content.inputs, answer.contributions, strict=True)
+    ]
+
+
+def _share(raw: float, points: float) -> float:
+    """Score points per unit of the raw sum, so that all weights add up to the score's distance from the expected one.
+
+    Where the calibration is level there, weights are in hundredths of a raw unit: they still have an order.
+    """
+    return points / raw if raw and points else 0.01
+
+
+def points_for(factor: Factor, event: Event, history: SubjectHistory, velocity: Velocity | None = None) -> Points:
     """The points of one factor for one event."""
-    value = feature(factor.feature, event, history)
-    if factor.per is not None:
-        value = _ratio(value, feature(factor.per, event, history))
+    value = read_value(factor.feature, factor.per, event, history, velocity)
     if value is None:
         return factor.missing
     if factor.values:
-        name = str(value).lower() if isinstance(value, bool) else value
+        name = name_of(value)
         return factor.values.get(name, factor.highest) if isinstance(name, str) else factor.highest
-    if not _is_number(value):
+    if not is_number(value):
         return factor.highest
     return next(each for each in factor.bins if each.below is None or float(value) < each.below)
-
-
-def _ratio(value: Value, divisor: Value) -> Value:
-    """None when either is absent; text, which no bin takes, when they cannot be divided."""
-    if value is None or divisor is None:
-        return None
-    if not _is_number(value) or not _is_number(divisor) or float(divisor) == 0:
-        return "not a ratio"
-    return float(value) / float(divisor)
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -42,6 +42,7 @@ def decide(state: EventState, facts: GuardrailFacts, now: str, stopwatch: Stopwa
         known.pins.thresholds,
         now=known.pins.now,
         history=known.history,
+        velocity=known.velocity,
         model=facts.model,
         unavailable=(*known.unavailable, *scored.unavailable),
     )

@@ -85,5 +85,5 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
     detail |= {"thresholds": pins.thresholds.digest[:16], "halted": int(pins.halted)}
     if velocity is not None:
         detail["observed"] = f"{velocity.epoch}:{velocity.sequence}"
-    section = Created(at=now, pins=pins, history=facts.history, unavailable=unavailable)
+    section = Created(at=now, pins=pins, history=facts.history, velocity=velocity, unavailable=unavailable)
     return Step(Status.CREATED, section, detail)

@@ -1,7 +1,8 @@
 """Scoring: the model's score and reasons, then the policy set over the event, its history and its score.
 
 Promises: a model or policy that is absent, unreadable or fails gives no score or a FAIL, and is
-named in `unavailable`; never a better verdict. Does not compare the score with any limit.
+named in `unavailable`; never a better verdict. So is `reasons` when something without words raised
+the score. Does not compare the score with any limit.
 """
 
 # ruff: noqa: ARG001 - every stage has the same signature, whatever it needs of it
@@ -46,7 +47,7 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
         policy=policy,
         score=score,
         reasons=() if scored is None else scored.reasons,
-        unavailable=tuple(name for name, there in (("model", scored is not None), ("policy", readable)) if not there),
+        unavailable=_unavailable(scored, readable),
     )
     detail: dict[str, str | int] = {
         "policy": policy.result.value,
@@ -56,11 +57,17 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
     return Step(Status.VALIDATED, section, detail)
 
 
+def _unavailable(scored: Scored | None, policy: bool) -> tuple[str, ...]:
+    """What was missing. A score that was raised by something without words is one that nobody can explain."""
+    there = {"model": scored is not None, "reasons": scored is None or not scored.uncovered, "policy": policy}
+    return tuple(name for name, present in there.items() if not present)
+
+
 def _score(state: EventState, model: Artifact | None) -> Scored | None:
     if model is None:
         return None
     try:
-        return score_event(model, state.event, created(state).history)
+        return score_event(model, state.event, created(state).history, created(state).velocity)
     except UNREADABLE:
         return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 
 from deploy import keys
 from deploy.credentials import authenticator, token_issuer
@@ -21,7 +22,7 @@ from gateway.health import CollectorRegistry, serve
 from governance.passwords import Passwords
 from governance.postgres.approvals import Approvals
 from governance.postgres.commands import PeoplePolicy, PeoplePorts
-from governance.postgres.directory import PostgresDirectory
+from governance.postgres.directory import PostgresDirectory, tenant_ids
 from governance.postgres.gate import RegistryGate
 from governance.postgres.ledger import PostgresLedger
 from governance.postgres.letters import PostgresLetterDesk
@@ -72,7 +73,8 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
     tokens = token_issuer(settings)
     ports = PeoplePorts(k.engine, k.clock, k.ids, Passwords(), k.layouts, tokens, management)
     people = People(ports, PeoplePolicy(pepper, settings.token_ttl))
-    dry_ports = StagePorts(PostgresLedger(k.engine), registry(k), healing(k), recording=False)
+    velocity = healing(k)
+    dry_ports = StagePorts(PostgresLedger(k.engine), registry(k), velocity, recording=False)
     desk = Desk(
         credentials=authenticator(settings, directory, k.clock),
         exists=people.tenants.exists,
@@ -87,13 +89,19 @@ async def _serve(settings: Settings, k: Kit, management: BrokerManagement) -> No
         clock=k.clock,
         committed=relay.wake,
     )
+
     door = health_door(k, CollectorRegistry(), lambda: None)
     app = create_control(desk, door, k.ids)
     stop, last = stop_signal(), asyncio.Event()
     relaying = asyncio.create_task(relay.run(last), name="relay")
     relaying.add_done_callback(lambda _: stop.set())  # without it, commands would commit and say nothing to anybody
     try:
-        async with background(k, stop, approvals.run_expiry(stop, committed=relay.wake), reconciler.run()):
+        loops = (
+            approvals.run_expiry(stop, committed=relay.wake),
+            reconciler.run(),
+            velocity.run(partial(tenant_ids, k.engine)),
+        )
+        async with background(k, stop, *loops):
             await serve(app, settings.control_host, settings.control_port, stop=stop)
     finally:
         last.set()

@@ -5,17 +5,19 @@
 Promises: an epoch is completed only when everything that was observed before it is merged: retrieval writes an event's
 row before it observes the event, so that what an epoch began without is in the tables when they are read. Until then
 observations say that they are incomplete, and nobody decides on them. A tenant with few events is rebuilt where it is
-first missed; one with many by `riskfleet history rebuild`, so that no event waits for that.
+first missed; one with many by `run`, so that no event waits for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 import structlog
 
+from contracts.failures import InfrastructureError
 from contracts.labels import Label
 from contracts.ports import FeatureStore, Past
 from contracts.tenancy import TenantScope
@@ -31,9 +33,12 @@ from contracts.velocity import (
     verdict_of,
 )
 
+Sleep = Callable[[float], Awaitable[None]]
+
 log = structlog.get_logger("velocity")
 
 _PAGE: Final = 2_000
+_LOOK_EVERY_S: Final = 5.0
 AT_ONCE: Final = 2_000
 """A tenant with at most so many events is rebuilt while its events wait: some tenths of a second."""
 
@@ -59,7 +64,7 @@ class HealingFeatures:
         # One page more than is worth it tells: whoever is large is not read to the end here.
         large = len(await self._past.imported(scope, None, 2)) > 1
         if large or len(await self._past.events(scope, None, AT_ONCE + 1)) > AT_ONCE:
-            log.warning("velocity.incomplete", tenant=scope.tenant_id, reason="run riskfleet history rebuild")
+            log.warning("velocity.incomplete", tenant=scope.tenant_id, reason="many events: they are read meanwhile")
             return False
         return await self.rebuild(scope)
 
@@ -67,6 +72,18 @@ class HealingFeatures:
         """Merge a tenant's events and labels; False when its epoch ended meanwhile. `merged` hears how many so far."""
         (mark,) = await self._store.marks([scope])
         return await self._rebuild(mark, merged)
+
+    async def run(self, tenants: Callable[[], Awaitable[Sequence[TenantScope]]], sleep: Sleep = asyncio.sleep) -> None:
+        """Rebuild every tenant whose history is incomplete, one by one, for ever; survives servers that are away."""
+        while True:
+            try:
+                for mark in await self._store.marks(await tenants()):
+                    if not mark.complete:
+                        whole = await self._rebuild(mark, lambda _: None)
+                        log.info("velocity.rebuilt", tenant=mark.scope.tenant_id, result="whole" if whole else "again")
+            except InfrastructureError as error:
+                log.warning("velocity.rebuild_paused", exception_class=type(error).__name__)
+            await sleep(_LOOK_EVERY_S)
 
     async def _rebuild(self, mark: Mark, merged: Callable[[int], None]) -> bool:
         scope, verdicts, count = mark.scope, await self._verdicts(mark.scope), 0

@@ -44,6 +44,7 @@ from workers.judgement.features import (
     VELOCITY_FEATURES,
     WINDOWS,
     FeatureSpec,
+    HistoryLostError,
     feature,
     is_feature,
     velocity_of,
@@ -169,7 +170,7 @@ def test_a_history_that_is_not_whole_is_no_number() -> None:
     velocity = velocity_of(seen, AT, b"EUR", VelocityPolicy())
     assert (velocity.complete, velocity.since) == (False, "1970-01-01T00:00:00.005000+00:00")
     for known in (velocity, None):
-        with pytest.raises(InvalidModelStateError, match="not whole"):
+        with pytest.raises(HistoryLostError, match="not whole"):
             feature("subject.count.1h", parse_event(EVENT), SubjectHistory(), known)
 
 

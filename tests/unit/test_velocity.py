@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +13,6 @@ import pytest
 from contracts.codec import state_from_bytes
 from contracts.events import event_id_of, parse_event
 from contracts.labels import Label, parse_label
-from contracts.outcomes import Outcome
 from contracts.ports import Artifact
 from contracts.state import Created, EventState, Pin, Validated, begin
 from contracts.tenancy import TenantScope
@@ -21,7 +21,6 @@ from governance.memory import MemoryDatabase, MemoryLabelBook, MemoryLedger
 from governance.memory.past import MemoryPast
 from resilience.memory import CountingIds, MemoryFeatureStore, MemoryRedis, SteppingClock
 from tests.fakes_state import DefaultsRegistry
-from workers.simulation import StageSimulator
 from workers.stages import StagePorts, retrieval, scoring
 from workers.velocity import AT_ONCE, HealingFeatures, LabelFeed
 
@@ -83,7 +82,6 @@ async def test_facts_hold_the_features_and_when_they_were_observed() -> None:
     step = retrieval.decide(state(2), second, AT, lambda: 0.0)
     assert isinstance(step.section, Created)
     assert step.detail["observed"] == f"{second.velocity.epoch}:2"
-    assert "velocity" not in step.section.unavailable
 
 
 async def test_what_a_flush_forgot_is_read_back_before_anything_is_decided() -> None:
@@ -99,22 +97,38 @@ async def test_what_a_flush_forgot_is_read_back_before_anything_is_decided() -> 
     assert [s[:2] for s in after.subject][:30] == [s[:2] for s in before.subject]
 
 
-async def test_a_history_that_is_not_rebuilt_yet_sends_every_event_to_a_person() -> None:
-    """As after a FLUSHALL of a tenant with many events, until the rebuild is through."""
+async def test_a_history_that_is_not_rebuilt_yet_is_named_and_ends_with_the_rebuild() -> None:
+    """As after a FLUSHALL of a tenant with many events. What reads no velocity goes on meanwhile."""
     parts = Parts()
     bare = replace(parts.ports, features=parts.store)
     (facts,) = await parts.accept(state(1), ports=bare)
     assert not facts.velocity.complete
-    section = retrieval.decide(state(1), facts, AT, lambda: 0.0).section
-    assert isinstance(section, Created)
-    assert "velocity" in section.unavailable
-    simulator = StageSimulator(replace(bare, recording=False), parts.clock, CountingIds(), permits=2)
-    lost = await simulator.simulate(ACME, state(2).event)
-    assert lost.outcome is not Outcome.APPROVED
-    assert "DEGRADED:velocity" in [reason.code for reason in lost.reasons]
+    step = retrieval.decide(state(1), facts, AT, lambda: 0.0)
+    assert str(step.detail["observed"]).endswith(":incomplete")
+    assert isinstance(step.section, Created)
+    assert step.section.unavailable == ()
     assert await parts.healing.rebuild(ACME)
-    whole = await simulator.simulate(ACME, state(2).event)
-    assert "DEGRADED:velocity" not in [reason.code for reason in whole.reasons]
+    (whole,) = await parts.accept(state(2), ports=bare)
+    assert whole.velocity.complete
+
+
+async def test_the_loop_rebuilds_every_tenant_that_is_not_whole() -> None:
+    parts = Parts()
+    await parts.accept(state(1), state(2))
+    parts.server.flush()
+    looked = []
+
+    async def sleep(seconds: float) -> None:
+        looked.append(seconds)
+        if len(looked) == 2:
+            raise asyncio.CancelledError
+
+    async def tenants() -> list[TenantScope]:
+        return [ACME, GLOBEX]
+
+    with pytest.raises(asyncio.CancelledError):
+        await parts.healing.run(tenants, sleep)
+    assert [mark.complete for mark in await parts.store.marks([ACME, GLOBEX])] == [True, True]
 
 
 async def test_a_tenant_with_many_events_is_not_rebuilt_while_its_events_wait() -> None:
@@ -196,7 +210,8 @@ async def test_a_model_names_velocity_and_has_no_score_without_a_whole_one() -> 
         if not complete:
             parts.server.flush()
         states = [state(n) for n in range(3)]
-        scores = []
+        scores: list[float | None] = []
+        missing: set[str] = set()
         for one, facts in zip(states, await parts.accept(*states, ports=ports), strict=True):
             step = retrieval.decide(one, facts, AT, lambda: 0.0)
             moved = one.transition(step.target, step.section, stage="retrieval", detail=step.detail)
@@ -204,4 +219,6 @@ async def test_a_model_names_velocity_and_has_no_score_without_a_whole_one() -> 
             section = scoring.decide(moved, scoring.ScoringFacts(model, None), AT, lambda: 0.0).section
             assert isinstance(section, Validated)
             scores.append(section.score)
+            missing.update(section.unavailable)
         assert scores == wanted
+        assert missing == ({"policy"} if complete else {"velocity", "policy"})

@@ -107,16 +107,20 @@ def is_velocity(path: str) -> bool:
     return path in _VELOCITY
 
 
+class HistoryLostError(LookupError):
+    """What a feature counts was lost and is not rebuilt yet: no number is better than a small one."""
+
+
 def feature(path: str, event: Event, history: SubjectHistory, velocity: Velocity | None = None) -> Value:
     """The value at a path, None when the event has none.
 
-    Raises KeyError for a path that is no feature, InvalidModelStateError for a velocity that is not known as a whole.
+    Raises KeyError for a path that is no feature, HistoryLostError for a velocity that is not known as a whole.
     """
     if path.startswith(_ATTRIBUTE):
         return event.attributes.get(path.removeprefix(_ATTRIBUTE))
     if path in _VELOCITY:
         if velocity is None or not velocity.complete:
-            raise InvalidModelStateError(f"{path} is not available: the history that it counts is not whole")
+            raise HistoryLostError(f"{path} is not available: the history that it counts is not whole")
         return _VELOCITY[path](velocity)
     return _PATHS[path](event, history)
 

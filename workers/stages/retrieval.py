@@ -1,8 +1,8 @@
 """Retrieval: pin the versions that will decide this event, the history of its subject, and its velocity.
 
 Promises: from here on `Pins.now` is the event's clock, and what has no approved, active version is
-named in `unavailable`; so is a velocity whose history was lost and not rebuilt yet. Does not read the content of what
-it pins.
+named in `unavailable`. A velocity whose history was lost and not rebuilt yet is kept as such: what reads it has no
+answer then. Does not read the content of what it pins.
 """
 
 # ruff: noqa: ARG001 - every stage has the same signature, whatever it needs of it
@@ -77,13 +77,11 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
     named = (("model", pins.model), ("policy", pins.policy), ("guardrail", pins.guardrail))
     unavailable = tuple(name for name, pin in named if pin is None)
     velocity = facts.velocity
-    if velocity is not None and not velocity.complete:
-        unavailable += ("velocity",)
     detail: dict[str, str | int] = {
         name: "none" if pin is None else f"{pin.name}@{pin.version}:{pin.digest[:16]}" for name, pin in named
     }
     detail |= {"thresholds": pins.thresholds.digest[:16], "halted": int(pins.halted)}
     if velocity is not None:
-        detail["observed"] = f"{velocity.epoch}:{velocity.sequence}"
+        detail["observed"] = f"{velocity.epoch}:{velocity.sequence}" + ("" if velocity.complete else ":incomplete")
     section = Created(at=now, pins=pins, history=facts.history, velocity=velocity, unavailable=unavailable)
     return Step(Status.CREATED, section, detail)

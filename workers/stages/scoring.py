@@ -17,6 +17,7 @@ from contracts.outcomes import PolicyResult, PolicyVerdict, RuleVerdict
 from contracts.ports import Artifact
 from contracts.state import EventState, Validated
 from workers.judgement import UNREADABLE
+from workers.judgement.features import HistoryLostError
 from workers.judgement.models import Scored, score_event
 from workers.judgement.policies import POLICY_ERROR, evaluate_policy
 from workers.stages.step import StagePorts, Step, Stopwatch, artifacts, content_for, created
@@ -39,7 +40,7 @@ async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[Sc
 
 def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatch) -> Step:
     """Score and policy verdict. The score is 0–100, None when no model could give one."""
-    scored = _score(state, facts.model)
+    scored, missing = _score(state, facts.model)
     score = None if scored is None else scored.score
     policy, readable = _policy(state, facts.policy, score)
     section = Validated(
@@ -47,7 +48,7 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
         policy=policy,
         score=score,
         reasons=() if scored is None else scored.reasons,
-        unavailable=_unavailable(scored, readable),
+        unavailable=tuple(name for name in (missing, "" if readable else "policy") if name),
     )
     detail: dict[str, str | int] = {
         "policy": policy.result.value,
@@ -57,19 +58,19 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
     return Step(Status.VALIDATED, section, detail)
 
 
-def _unavailable(scored: Scored | None, policy: bool) -> tuple[str, ...]:
-    """What was missing. A score that was raised by something without words is one that nobody can explain."""
-    there = {"model": scored is not None, "reasons": scored is None or not scored.uncovered, "policy": policy}
-    return tuple(name for name, present in there.items() if not present)
-
-
-def _score(state: EventState, model: Artifact | None) -> Scored | None:
+def _score(state: EventState, model: Artifact | None) -> tuple[Scored | None, str]:
+    """The score, and the name of what was missing for it: nothing if it may be relied on."""
     if model is None:
-        return None
+        return None, "model"
+    known = created(state)
     try:
-        return score_event(model, state.event, created(state).history, created(state).velocity)
+        scored = score_event(model, state.event, known.history, known.velocity)
+    except HistoryLostError:
+        return None, "velocity"
     except UNREADABLE:
-        return None
+        return None, "model"
+    # A score that was raised by something without words is one that nobody can explain.
+    return scored, "reasons" if scored.uncovered else ""
 
 
 def _policy(state: EventState, policy: Artifact | None, score: float | None) -> tuple[PolicyVerdict, bool]:

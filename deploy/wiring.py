@@ -133,8 +133,8 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
 def spare_collector() -> None:
     """What is there once a process has started stays as long as the process: the collector need not look at it again.
 
-    Events leave few cycles behind, and many objects at once: with CPython's own threshold of 700 a stage spent an
-    eighth of its time in collections that found nothing.
+    Events leave few cycles behind, and many objects at once: with CPython's own threshold of 700 a group of them starts
+    many collections that find nothing.
     """
     gc.collect()
     gc.freeze()

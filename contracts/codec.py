@@ -199,9 +199,9 @@ def upcast(document: dict[str, Any], upcasters: dict[int, Upcaster] | None = Non
 def _steps(trail: Any) -> tuple[dict[str, Any], ...]:
     """A stored trail, seen to hold what `records` needs of each step; the rest is checked by whoever looks into it."""
     for step in trail:
-        if type(step["n"]) is not int or type(step["digest"]) is not str or type(step["step"]) is not str:
+        texts = (step["digest"], step["step"], step["parent"] or "")
+        if type(step["n"]) is not int or not all(type(text) is str for text in texts):
             raise TypeError
-        _ = step["parent"]
     return tuple(trail)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -58,4 +60,29 @@ def configure(level: str, role: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format='{"event":"%(name)s","level":"%(levelname)s"}')
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(LibraryLine(role))
+    logging.basicConfig(level=logging.ERROR, handlers=[lines])
+
+
+class LibraryLine(logging.Formatter):
+    """What a library logs: who, where and which error, never its text, which may hold payload."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One JSON line, without the traceback's text."""
+        line = {
+            "event": record.name,
+            "level": record.levelname.lower(),
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat().replace("+00:00", "Z"),
+            "role": self._role,
+            "error_detail": f"{record.filename}:{record.lineno}:{record.funcName}",
+        }
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            line["exception_class"] = type(error).__name__
+            line["error_detail"] = _frames(error) or line["error_detail"]
+        return json.dumps(line)

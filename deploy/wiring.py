@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from contracts.failures import InfrastructureError, StateStoreError
+from contracts.failures import InfrastructureError, MessagingFailureError, StateStoreError
 from contracts.ports import Simulator
 from contracts.topology import (
     DELIVERY_QUEUE,
@@ -137,8 +137,8 @@ async def kit(settings: Settings, role: str) -> AsyncIterator[Kit]:
 def spare_collector() -> None:
     """What is there once a process has started stays as long as the process: the collector need not look at it again.
 
-    Events leave few cycles behind, and many objects at once: with CPython's own threshold of 700 a stage spent an
-    eighth of its time in collections that found nothing.
+    Events leave few cycles behind, and many objects at once: with CPython's own threshold of 700 a group of them starts
+    many collections that find nothing.
     """
     gc.collect()
     gc.freeze()
@@ -336,7 +336,7 @@ async def run_ingress(settings: Settings) -> None:
         stop = stop_signal()
         await consumer.start()
         async with background(
-            k, stop, refusals.run(asyncio.Event()), _discover(consumer, directory, standing), consumer.join()
+            k, stop, refusals.run(asyncio.Event()), discover(consumer, directory, standing), consumer.join()
         ):
             door = health_door(k, CollectorRegistry(), lambda: consumer.paused_reason)
             await serve(health_app(door), settings.health_host, settings.health_port, stop=stop)
@@ -353,7 +353,7 @@ def _doors(k: Kit, ledger: PostgresLedger, directory: PostgresDirectory) -> tupl
     return refusals, Intake(ports, refusals, k.layouts)
 
 
-async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory, standing: PostgresPauses) -> None:
+async def discover(consumer: RabbitConsumer, directory: PostgresDirectory, standing: PostgresPauses) -> None:
     """Take up the queues of new tenants, within seconds of their making, and leave those of paused ones alone.
 
     What such a queue delivered before is held by the door; anything more would only travel to and fro.
@@ -363,7 +363,8 @@ async def _discover(consumer: RabbitConsumer, directory: PostgresDirectory, stan
             scopes = [profile.scope for profile in await directory.tenants() if profile.broker_user is not None]
             for scope, notice in zip(scopes, await standing.doors(scopes), strict=True):
                 change = consumer.add_queue if notice is None else consumer.drop_queue
-                await change(scope.ingest_queue)
+                with contextlib.suppress(MessagingFailureError):  # a tenant whose queue is missing holds up no other
+                    await change(scope.ingest_queue)
         await asyncio.sleep(_DISCOVERY_S)
 
 
@@ -380,11 +381,11 @@ async def _follow(k: Kit, consumers: Sequence[tuple[RabbitConsumer, Queues]]) ->
         await asyncio.sleep(_DISCOVERY_S)
         for consumer, queues in consumers:
             wanted = _wanted(k, queues)
-            with contextlib.suppress(InfrastructureError):
-                for queue in wanted:
+            for queue in wanted:
+                with contextlib.suppress(MessagingFailureError):
                     await consumer.add_queue(queue)
-                for queue in set(consumer.queues) - set(wanted):
-                    await consumer.drop_queue(queue)
+            for queue in set(consumer.queues) - set(wanted):
+                await consumer.drop_queue(queue)
 
 
 def _wanted(k: Kit, queues: Queues) -> list[str]:

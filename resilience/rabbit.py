@@ -214,12 +214,16 @@ class RabbitConsumer:
         self._loop = asyncio.create_task(self._work(), name="consumer")
         self._watcher = asyncio.create_task(self._watch(), name="consumer-watch")
 
-    async def _subscribe(self) -> None:
+    async def _subscribe(self, *, again: bool = False) -> None:
+        """`again`: a queue that was deleted meanwhile is left, or it would keep the others waiting."""
+
         def lost(*_: object) -> None:
             if self._broker is broker:
                 self._lost.set()
 
         broker = _consuming(self._url, self._policy.prefetch, lost)
+        if again:
+            self._queues = await _found(broker, self._queues)
         self._subscribers = {queue: self._attach(broker, queue) for queue in self._queues}
         await _start(broker)
         self._broker = broker
@@ -237,7 +241,7 @@ class RabbitConsumer:
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, self._policy.pause.longest_probe_s)
                 with contextlib.suppress(MessagingFailureError):
-                    await self._subscribe()
+                    await self._subscribe(again=True)
             self.paused_reason = None
             log.info("consumer.subscribed", count=len(self._queues))
 
@@ -263,8 +267,8 @@ class RabbitConsumer:
             return
         try:
             async with asyncio.timeout(_START_S):
-                subscriber = self._attach(broker, queue)
-                await subscriber.start()
+                await _look(broker, queue)
+                await self._attach(broker, queue).start()
         except _CLIENT_ERRORS as error:
             raise MessagingFailureError(f"cannot consume {queue} yet ({type(error).__name__})") from error
         self._queues.append(queue)
@@ -374,7 +378,7 @@ class RabbitConsumer:
             try:
                 await self._probe()
                 if returned and self._broker is None:
-                    await self._subscribe()
+                    await self._subscribe(again=True)
                 break
             except InfrastructureError as error:
                 self.paused_reason = _why(error)
@@ -510,6 +514,36 @@ def _consuming(url: str, prefetch: int, lost: Callable[..., None]) -> RabbitBrok
         reconnect_interval=0.5,
         on_close=[lost],
     )
+
+
+async def _found(broker: RabbitBroker, queues: Sequence[str]) -> list[str]:
+    """Those of the queues that are there; whoever wants a missing one adds it again later."""
+    found = []
+    try:
+        async with asyncio.timeout(_START_S):
+            for queue in queues:
+                try:
+                    await _look(broker, queue)
+                    found.append(queue)
+                except aiormq.exceptions.ChannelNotFoundEntity:
+                    log.error("queue.missing", queue=queue)
+    except _CLIENT_ERRORS as error:
+        await _close(broker)
+        raise MessagingFailureError(f"cannot look at the queues ({type(error).__name__})") from error
+    return found
+
+
+async def _look(broker: RabbitBroker, queue: str) -> None:
+    """Raise ChannelNotFoundEntity for a queue that is not there; on a channel of its own, which that answer closes.
+
+    On the consumers' channel every delivery in hand would go back to its queue with it, and count as returned.
+    """
+    transport = (await broker.connect()).transport
+    if transport is None:
+        raise ConnectionError
+    channel = await transport.connection.channel(publisher_confirms=False)
+    await channel.queue_declare(queue, passive=True)
+    await channel.close()
 
 
 async def _raw_body(message: RabbitMessage) -> bytes:

@@ -20,7 +20,7 @@ import orjson
 import structlog
 
 from contracts.codec import Entry, entry_of, state_from_bytes
-from contracts.failures import DatabaseError, InfrastructureError, InvalidWorkflowStateError
+from contracts.failures import DatabaseError, InfrastructureError, InvalidWorkflowStateError, UndecodableEntryError
 from contracts.lifecycle import FINAL_VERSION, Status
 from contracts.messages import ladder_message, next_probe, probe_of, stage_message
 from contracts.ports import (
@@ -178,11 +178,14 @@ class StageRunner:
         if deaths >= self._policy.suspect_deaths:
             wave = Wave()
             (row,) = await self._ports.ledger.decisions([(h.scope, h.event)])
-            if row is None:
-                self._failures.die(entry, deaths, wave)
-            else:
-                self._already_decided(entry, row, wave)
-                wave.leave(entry)
+            try:
+                if row is None:
+                    self._failures.die(entry, deaths, wave)
+                else:
+                    self._already_decided(entry, row, wave)
+                    wave.leave(entry)
+            except UndecodableEntryError as error:  # another release decided it
+                self._failures.fail(entry, error, wave)
             await self._ports.state_store.release((), wave.leaving)
             await self._outgoing.publish(wave)
         else:

@@ -77,13 +77,20 @@ class MemoryConsumer:
         self._loop = asyncio.create_task(self._work(), name="consumer")
         self._watcher = asyncio.create_task(self._watch(), name="consumer-watch")
 
-    def _subscribe(self) -> None:
+    def _subscribe(self, *, again: bool = False) -> None:
+        """`again`: a queue that was deleted meanwhile is left, or it would keep the others waiting."""
+
         def lost() -> None:
             if self._connection is connection:
                 self._lost.set()
 
         connection = self._memory.connect(self._name, lost)
         self._connection = connection
+        if again:
+            missing = {queue for queue in self._queues if self._memory.lookup(queue) is None}
+            for queue in sorted(missing):
+                log.error("queue.missing", queue=queue)
+            self._queues = [queue for queue in self._queues if queue not in missing]
         try:
             for queue in self._queues:
                 self._attach(connection, queue)
@@ -111,7 +118,7 @@ class MemoryConsumer:
                 await self._memory.sleep(wait)
                 wait = min(wait * 2, self._policy.pause.longest_probe_s)
                 with contextlib.suppress(MessagingFailureError):
-                    self._subscribe()
+                    self._subscribe(again=True)
             self.paused_reason = None
             log.info("consumer.subscribed", count=len(self._queues))
 
@@ -130,6 +137,11 @@ class MemoryConsumer:
         self._queues.remove(queue)
         if self._connection is not None:
             self._memory.unsubscribe(self._connection, queue)
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """What is consumed."""
+        return tuple(self._queues)
 
     def _delivery(self, subscription: Subscription, stored: Stored) -> Delivery:
         queue, m = subscription.queue, stored.message
@@ -224,7 +236,7 @@ class MemoryConsumer:
             try:
                 await self._probe()
                 if returned and self._connection is None:
-                    self._subscribe()
+                    self._subscribe(again=True)
                 break
             except InfrastructureError as error:
                 self.paused_reason = type(error).__name__

@@ -636,6 +636,40 @@ async def test_a_queue_that_is_not_there_yet_can_be_added_later(
     assert Counter(d.queue for d in box.got) == {LATE: 1, A: 1}
 
 
+async def test_a_queue_that_is_not_there_sends_nothing_back_that_is_in_hand(brokers: Brokers, size: int) -> None:
+    publisher = await brokers.publisher()
+    stuck = Stuck()
+    consumer = await brokers.consumer([A], stuck.handle)
+    await publish(publisher, messages(size))
+    await brokers.until("one is in hand", lambda: bool(stuck.held))
+    for _ in range(3):
+        with pytest.raises(MessagingFailureError):
+            await consumer.add_queue(LATE)
+    stuck.free.set()
+    await publish(publisher, [message(9_000)])
+    await brokers.until("the last came", lambda: b"body 9000" in [d.body for d in stuck.held])
+    assert Counter(d.body for d in stuck.held) == Counter(bodies_of([*messages(size), message(9_000)]))
+    assert not [d for d in stuck.held if d.redelivered]
+
+
+async def test_a_deleted_queue_holds_up_no_other_after_a_lost_connection(
+    brokers: Brokers, late: Callable[[], Awaitable[object]]
+) -> None:
+    await late()
+    publisher = await brokers.publisher()
+    box = Inbox()
+    consumer = await brokers.consumer([LATE, A], box.handle)
+    await brokers.management.delete_queue(LATE)
+    await brokers.cut(consumer)
+    await publish(publisher, [message(0, A)])
+    await brokers.until("the other goes on", lambda: b"body 0" in box.bodies(A))
+    assert consumer.queues == (A,)
+    await late()
+    await consumer.add_queue(LATE)
+    await publish(publisher, [message(1, LATE)])
+    await brokers.until("it goes on", lambda: b"body 1" in box.bodies(LATE))
+
+
 async def test_a_queue_that_does_not_exist_is_not_made(brokers: Brokers) -> None:
     publisher = await brokers.publisher()
     with pytest.raises(MessagingFailureError):

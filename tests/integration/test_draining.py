@@ -179,15 +179,23 @@ def stopped(fleet: RunningFleet, native: NativeServers, name: str) -> Iterator[N
     """The server's processes stand still inside the block."""
     pid = fleet.thread.call(lambda _: native.pids())[name]
     family = [pid, *_descendants(pid)]
-    for one in family:
-        os.kill(one, signal.SIGSTOP)
+    _tell(family, signal.SIGSTOP)
     try:
         yield
     finally:
-        for one in family:
-            os.kill(one, signal.SIGCONT)
+        _tell(family, signal.SIGCONT)
+
+
+def _tell(family: list[int], what: signal.Signals) -> None:
+    for one in family:
+        with suppress(ProcessLookupError):
+            os.kill(one, what)
 
 
 def _descendants(pid: int) -> list[int]:
-    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    try:
+        tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+        children = [int(child) for task in tasks for child in task.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # ended while we looked, as PostgreSQL's workers do
+        return []
     return children + [grand for child in children for grand in _descendants(child)]

@@ -619,6 +619,17 @@ async def test_a_decision_is_sent_however_often_its_senders_died() -> None:
     assert not fleet.world.alone
 
 
+async def test_a_decision_that_cannot_be_read_is_parked_after_three_dead_holders() -> None:
+    fleet = Fleet()
+    body = encode_carrier([entry_in(await fleet.to(DECISION)).evolve(suspect=True)])
+    assert await fleet.worker.deliver(DECISION, body) == Ack()
+    fleet.ledger.rows[ACME, EVENT] = replace(fleet.ledger.rows[ACME, EVENT], state=b"another release's")
+    fleet.world.alone[ACME, EVENT, DECISION] = Suspect("gone", 3)
+    assert await fleet.worker.deliver(DECISION, body, redelivered=True) == Ack()
+    assert len(fleet.broker.parked()) == 1
+    assert not fleet.world.alone
+
+
 async def test_deaths_are_not_forgotten_while_a_suspect_waits_for_its_dead_holders_lease() -> None:
     """RabbitMQ redelivers at once, so the next process meets the lease of the dead one: that is no settlement."""
     fleet = Fleet()

@@ -15,8 +15,10 @@ import pytest
 
 from contracts.events import Event, parse_event
 from contracts.failures import InvalidModelStateError
+from contracts.lifecycle import Status
 from contracts.ports import Artifact
-from contracts.state import Pin, SubjectHistory
+from contracts.state import Created, Pin, Pins, SubjectHistory, Thresholds, Validated, begin
+from contracts.tenancy import TenantScope
 from deploy.control import validators
 from tests.golden_trees import cases
 from workers.judgement.models import coverage, load_model, score_event
@@ -27,6 +29,7 @@ from workers.offline.lightgbm_text import parse_booster
 from workers.stages import scoring
 
 GOLDEN = Path(__file__).with_name("golden_trees.json")
+AT = "2026-01-31T12:00:00Z"
 HISTORY = SubjectHistory()
 PLATT = {"method": "platt", "a": 1.0, "b": 0.0}
 _DIGESTS = itertools.count()
@@ -267,4 +270,11 @@ def test_a_model_with_factors_without_words_cannot_be_submitted_and_hears_of_all
 def test_no_automatic_approval_where_what_raised_the_score_has_no_words() -> None:
     scored = score_event(artifact(content(stump(), inputs=[{"feature": "attributes.x"}])), event(x=11), HISTORY)
     assert scored.uncovered == ("attributes.x",)
-    assert scoring._unavailable(scored, policy=True) == ("reasons",)
+    pins = Pins(now=AT, model=None, policy=None, guardrail=None, thresholds=Thresholds())
+    known = Created(at=AT, pins=pins, history=HISTORY)
+    received = begin(TenantScope("acme"), "0" * 32, event(x=11), received_at=AT, source="http", correlation_id="c")
+    state = received.transition(Status.CREATED, known, stage="retrieval", detail={})
+    facts = scoring.ScoringFacts(artifact(content(stump(), inputs=[{"feature": "attributes.x"}])), None)
+    section = scoring.decide(state, facts, AT, lambda: 0.0).section
+    assert isinstance(section, Validated)
+    assert section.unavailable == ("reasons", "policy")

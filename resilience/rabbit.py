@@ -90,18 +90,16 @@ class RabbitPublisher:
 
     async def _send(self, message: Message) -> Confirm:
         channel = self._channel if message.confirm else self._loose
-        if channel is None:
+        if channel is None or channel.is_closed:
             return Confirm.UNKNOWN
         try:
             async with asyncio.timeout(self._timeout_s):
-                exchange = (
-                    await channel.get_exchange(message.exchange, ensure=False)
-                    if message.exchange
-                    else channel.default_exchange
-                )
-                result = await exchange.publish(
-                    aio_pika.Message(
-                        message.body,
+                # The abstract channel lacks `wait`, which its only implementation has.
+                result = await (await channel.get_underlay_channel()).basic_publish(  # type: ignore[call-arg]
+                    message.body,
+                    exchange=message.exchange,
+                    routing_key=message.routing_key,
+                    properties=Basic.Properties(
                         headers=dict(message.headers),
                         message_id=message.message_id,
                         correlation_id=message.correlation_id,
@@ -109,8 +107,8 @@ class RabbitPublisher:
                         user_id=message.user_id,
                         delivery_mode=2 if message.persistent else 1,
                     ),
-                    message.routing_key,
                     mandatory=message.mandatory,
+                    wait=False,  # a confirm says more than the socket, and the next message need not wait for either
                 )
         except aiormq.exceptions.PublishError:
             return Confirm.UNROUTABLE

@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
+
+from deploy.nursery import Nursery, NurseryError, forkable
 
 _TICK_S: Final = 0.1
 _ON_TICK_EVERY_S: Final = 1.0
@@ -40,6 +42,24 @@ class RoleSpec:
     argv: tuple[str, ...]
     order: int
     grace_s: float
+    variables: tuple[tuple[str, str], ...] = ()
+    """Of its environment, beside the fleet's."""
+
+
+class Process(Protocol):
+    """What the supervisor needs of a process: a `subprocess.Popen`, or a child of the nursery."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def wait(self, timeout: float) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +90,7 @@ class _Running:
     """What the supervisor knows of one role now."""
 
     spec: RoleSpec
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     started_at: float = 0.0
     deaths: int = 0
     start_at: float = 0.0
@@ -99,6 +119,7 @@ class Fleet:
         self._env, self._log_dir, self._say, self._on_tick = dict(env), log_dir, say, on_tick
         self._backoff = backoff
         self._next_on_tick = 0.0
+        self._nursery: Nursery | None = None
 
     def start(self) -> None:
         """Start every role, the last in the stop order first, so that no door opens before there is a stage behind."""
@@ -177,6 +198,9 @@ class Fleet:
             # An impatient second Ctrl-C ends the waiting above, but must not leave processes behind.
             for running in self._roles.values():
                 self._kill(running)
+            if self._nursery is not None:
+                self._nursery.close()
+                self._nursery = None
             self._publish()
 
     def pids(self) -> dict[str, int]:
@@ -188,28 +212,37 @@ class Fleet:
         spec, log = running.spec, self._log_dir / f"{running.spec.name}.log"
         if log.exists() and log.stat().st_size > _LOG_LIMIT_BYTES:
             log.replace(log.with_suffix(".log.1"))
-        with log.open("ab") as output:
-            try:
-                # Its own session: Ctrl-C on the terminal reaches the supervisor alone, which then stops in order.
-                running.process = subprocess.Popen(
-                    [*_dies_with_parent(), *spec.argv],
-                    env=self._env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                self._say(f"{spec.name} could not be started: {error}")
-                running.deaths += 1
-                running.start_at = time.monotonic() + restart_delay(self._backoff, running.deaths)
-                return
+        try:
+            running.process = self._started(spec, log)
+        except OSError as error:
+            self._say(f"{spec.name} could not be started: {error}")
+            running.deaths += 1
+            running.start_at = time.monotonic() + restart_delay(self._backoff, running.deaths)
+            return
         running.started_at = time.monotonic()
+
+    def _started(self, spec: RoleSpec, log: Path) -> Process:
+        env = self._env | dict(spec.variables)
+        if forkable(spec.argv):
+            if self._nursery is None or self._nursery.lost:
+                self._nursery = Nursery(_dies_with_parent(), self._env, self._log_dir / "nursery.log")
+            with contextlib.suppress(NurseryError):  # then as any other command
+                return self._nursery.start(spec.argv, env, log)
+        with log.open("ab") as output:
+            # Its own session: Ctrl-C on the terminal reaches the supervisor alone, which then stops in order.
+            return subprocess.Popen(
+                [*_dies_with_parent(), *spec.argv],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _note_death(self, running: _Running, now: float) -> None:
         if running.process is None:
             return
-        status = running.process.returncode
+        status = running.process.returncode or 0
         running.process = None
         running.deaths = deaths_after(self._backoff, running.deaths, now - running.started_at)
         delay = restart_delay(self._backoff, running.deaths)

@@ -206,15 +206,16 @@ def _roles(settings: Settings, directory: Path, used: set[int]) -> tuple[list[Ro
             continue
         for name in (f"{spec.name}-1", f"{spec.name}-2") if spec.name in _TWICE else (spec.name,):
             ports[name] = settings.http_port if spec.name == "gateway" else _port(used)
-            specs.append(replace(spec, name=name, argv=_armed(spec, directory, name, ports[name])))
+            specs.append(_armed(replace(spec, name=name), directory, ports[name]))
     return specs, ports
 
 
-def _armed(spec: RoleSpec, directory: Path, name: str, port: int) -> tuple[str, ...]:
-    """The role's own command with another module in front; the variables are the process's own."""
+def _armed(spec: RoleSpec, directory: Path, port: int) -> RoleSpec:
+    """The role with another module in front; the variables are the process's own."""
     words = spec.argv[spec.argv.index("deploy.role") + 1 : -1]
-    variables = (f"{ARM_FILE}={directory / 'arm' / name}.arm", f"{FIRED_FILE}={directory / 'fired.jsonl'}")
-    return ("/usr/bin/env", *variables, sys.executable, "-m", "tests.faults.armed", *words, str(port))
+    variables = ((ARM_FILE, str(directory / "arm" / f"{spec.name}.arm")), (FIRED_FILE, str(directory / "fired.jsonl")))
+    argv = (sys.executable, "-m", "tests.faults.armed", *words, str(port))
+    return replace(spec, argv=argv, variables=variables)
 
 
 def _fleet(settings: Settings, specs: Sequence[RoleSpec], native: NativeServers, said: list[str]) -> Fleet:

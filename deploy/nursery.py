@@ -36,6 +36,7 @@ PRELOAD: Final = ("deploy.wiring", "deploy.control", "deploy.autoscaler", "deplo
 _ANSWER_S: Final = 60.0
 _LOST: Final = -signal.SIGTERM
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 
 
 class NurseryError(OSError):
@@ -210,7 +211,9 @@ def _fork(request: dict[str, Any], channel: socket.socket) -> dict[str, Any]:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(_PR_SET_NAME, "-".join(request["arguments"][:2]).encode()[:15])
         channel.close()
         os.close(begun)
         if os.getppid() == nursery:

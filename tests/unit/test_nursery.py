@@ -83,8 +83,9 @@ def test_a_role_ends_with_its_code_and_writes_its_log(
 def test_a_killed_role_is_known_by_its_signal_and_a_running_one_runs(
     nursery: Nursery, env: dict[str, str], tmp_path: Path
 ) -> None:
-    child, other = start(nursery, env, tmp_path, "sleep"), start(nursery, env, tmp_path, "sleep")
+    child, other = start(nursery, env, tmp_path, "sleep", "scoring"), start(nursery, env, tmp_path, "sleep")
     assert child.poll() is None
+    assert Path(f"/proc/{child.pid}/comm").read_text() == "sleep-scoring\n"
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.05)
     os.killpg(child.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -489,6 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: what was started is stopped
     options = replace(Options(), minutes=given.minutes, seed=given.seed, rate=given.rate)
     directory = Path(tempfile.mkdtemp(prefix="riskfleet-chaos-"))
     say(f"seed {options.seed}, {options.minutes:g} minutes, {options.rate:g} events/s, in {directory}")

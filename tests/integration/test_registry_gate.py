@@ -46,7 +46,16 @@ from gateway.web import application
 from governance.postgres.engine import create_engine, transaction
 from governance.postgres.gate import RegistryGate
 from governance.postgres.registry import PostgresRegistry
-from governance.registry import TRANSITIONS, Choice, Draft, Version, VersionKey, VersionStatus, release_artifacts
+from governance.registry import (
+    MAX_CONTENT_BYTES,
+    TRANSITIONS,
+    Choice,
+    Draft,
+    Version,
+    VersionKey,
+    VersionStatus,
+    release_artifacts,
+)
 from governance.signing import Signer, Verifier
 from tests.fakes import InMemoryDirectory, RecordingTelemetry
 
@@ -279,7 +288,7 @@ async def test_content_that_cannot_be_used_is_not_submitted(gate: RegistryGate, 
     [
         ({"validator": "ann"}, "/validator"),
         ({"valid_until": "2001-01-01T00:00:00Z"}, "/valid_until"),
-        ({"content": {"text": "x" * 300_000}}, "/content"),
+        ({"content": {"text": "x" * MAX_CONTENT_BYTES}}, "/content"),
     ],
 )
 async def test_a_version_that_could_never_be_used_is_not_registered(

@@ -284,7 +284,7 @@ async def stored(feed: Sequence[Sighting]) -> tuple[list[Observation], dict[str,
 async def test_features_of_a_shuffled_feed_equal_a_recomputation_over_what_was_observed_before() -> None:
     policy, feed = VelocityPolicy(), payments()
     late = shuffled(feed, Random(SEED))
-    assert len(late) == COUNT + COUNT // 20
+    assert len(late) == len(feed) + len(feed) // 20 > COUNT * 0.9
     answers, end = await stored(late)
     _, sorted_end = await stored(feed)
     assert end == sorted_end

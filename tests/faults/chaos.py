@@ -490,7 +490,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: what was started is stopped
+    # Told to end, also in the background, it ends in order: what was started is stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     options = replace(Options(), minutes=given.minutes, seed=given.seed, rate=given.rate)
     directory = Path(tempfile.mkdtemp(prefix="riskfleet-chaos-"))
     say(f"seed {options.seed}, {options.minutes:g} minutes, {options.rate:g} events/s, in {directory}")

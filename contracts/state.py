@@ -201,6 +201,18 @@ class EventState:
         new.plain.update(known | {name: added})
         return new
 
+    def rewound(self, n: int) -> Self:
+        """Version n (from 0 to this one's) as it was: later sections and steps left out.
+
+        Raises ValueError when this state is not one that came through version n.
+        """
+        steps = [step for step in self.steps if step["n"] <= n]
+        if not 0 <= n <= self.n or not steps or steps[-1]["n"] != n:
+            raise ValueError(f"version {self.n} did not come through version {n}")
+        at = next(step for step in steps if step["n"] == n)
+        later: dict[str, Any] = {name: None for place, name in enumerate(SECTIONS, 1) if place > n}
+        return replace(self, n=n, status=Status(at["status"]), digest=at["digest"], steps=tuple(steps), **later)
+
     def _plain(self, part: str) -> Any:
         """The event or a section as plain JSON."""
         if part not in self.plain:

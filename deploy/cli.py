@@ -22,7 +22,20 @@ from rich.table import Table
 from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage
-from deploy import cli_bench, cli_people, cli_train, keys, local, logs, provision, relayout, role, settings, submit
+from deploy import (
+    cli_bench,
+    cli_people,
+    cli_redecide,
+    cli_train,
+    keys,
+    local,
+    logs,
+    provision,
+    relayout,
+    role,
+    settings,
+    submit,
+)
 from deploy import doctor as doctor_checks
 from deploy.cli_approvals import approvals_app
 from deploy.cli_dlq import dlq_app
@@ -31,7 +44,6 @@ from deploy.cli_pauses import pauses_app
 from deploy.cli_registry import halt_app, registry_app
 from deploy.processes import ServersError
 from deploy.runtime import SystemClock
-from deploy.servers import running_urls
 from governance.audit import AuditReport
 from governance.postgres import engine as pg
 from governance.postgres.audit import PostgresAuditLog
@@ -63,6 +75,7 @@ for name, group in {
 cli_people.attach(app)
 cli_bench.attach(app)
 cli_train.attach(app)
+cli_redecide.attach(app)
 
 console = Console()
 errors = Console(stderr=True)
@@ -82,13 +95,6 @@ class Sink(StrEnum):
 
 def _settings() -> settings.Settings:
     return settings.load()
-
-
-def _found_settings() -> settings.Settings:
-    """Settings with the servers of a local fleet that is running here, when no URL is given."""
-    loaded = _settings()
-    urls = running_urls(loaded.data_dir) if local.given_urls(loaded) is None else None
-    return loaded if urls is None else local.with_servers(loaded, urls)
 
 
 @app.command()
@@ -178,7 +184,7 @@ def topology_apply(
     ] = None,
 ) -> None:
     """Make every exchange, queue, binding and policy; existing ones stay."""
-    loaded = _found_settings()
+    loaded = local.found_settings()
     count = asyncio.run(provision.apply_topology(loaded))
     console.print(f"topology applied: {count} things asserted")
     if partitions is not None:
@@ -194,13 +200,13 @@ def topology_retire(
     wait: Annotated[float, typer.Option(min=60, help="Seconds to wait until it was empty for a minute.")] = 120.0,
 ) -> None:
     """Remove an old version's queues, once they were empty for a minute and nobody consumes them."""
-    asyncio.run(relayout.retire(_found_settings(), version, wait, SystemClock(), console.print))
+    asyncio.run(relayout.retire(local.found_settings(), version, wait, SystemClock(), console.print))
 
 
 @topology_app.command("check")
 def topology_check(as_json: AsJson = False) -> None:
     """Compare the broker with what this release wants."""
-    loaded = _found_settings()
+    loaded = local.found_settings()
 
     report = asyncio.run(relayout.examine(loaded))
     differences = report.differences
@@ -221,7 +227,7 @@ def db_upgrade(
     demo: Annotated[bool, typer.Option("--demo", help="Also make the demo tenant, while no user exists.")] = False,
 ) -> None:
     """Bring the schema to this release."""
-    loaded = _found_settings()
+    loaded = local.found_settings()
     asyncio.run(provision.migrate(loaded))
     console.print("the schema is up to date")
     if demo:
@@ -235,7 +241,7 @@ def db_upgrade(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """A round trip through every dependency; versions; safe settings."""
-    findings = asyncio.run(doctor_checks.examine(_found_settings()))
+    findings = asyncio.run(doctor_checks.examine(local.found_settings()))
     if as_json:
         _print_json([finding.to_json() for finding in findings])
     else:
@@ -254,7 +260,7 @@ def audit_verify(
     as_json: AsJson = False,
 ) -> None:
     """Verify hash chains and compare every decision's trail with them. Exit 1 when anything is wrong."""
-    loaded = _found_settings()
+    loaded = local.found_settings()
 
     async def verify() -> list[AuditReport]:
         engine = pg.create_engine(loaded.need("database_url"))

@@ -17,7 +17,6 @@ from rich.console import Console
 from contracts.tenancy import TenantScope
 from deploy import local, settings
 from deploy.runtime import RandomIds, SystemClock
-from deploy.servers import running_urls
 
 if TYPE_CHECKING:
     from governance.postgres.past import PostgresPast
@@ -41,7 +40,7 @@ def rebuild(
     """Merge every event and label of the tables into the feature state, and call it whole. May run at any time, again
     and beside the fleet. Exit 1 when the state was lost once more meanwhile.
     """
-    found = asyncio.run(_rebuild(_found_settings(), tenant))
+    found = asyncio.run(_rebuild(local.found_settings(), tenant))
     if as_json:
         sys.stdout.write(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
@@ -71,7 +70,7 @@ def import_(
         raise typer.BadParameter(f"--map {wrong[0]}: write FIELD=COLUMN")
     mapped = {field: column for field, _, column in pairs}
     began = time.monotonic()
-    count = asyncio.run(_import(_found_settings(), tenant, file, mapped))
+    count = asyncio.run(_import(local.found_settings(), tenant, file, mapped))
     seconds = time.monotonic() - began
     if as_json:
         found = {"tenant": tenant, "events": count, "seconds": round(seconds, 3)}
@@ -138,10 +137,3 @@ async def _rebuild(loaded: settings.Settings, tenant: str | None) -> list[dict[s
             seconds = round(time.monotonic() - began, 3)
             found.append({"tenant": scope.tenant_id, "events": counts[-1], "seconds": seconds, "complete": whole})
     return found
-
-
-def _found_settings() -> settings.Settings:
-    """Settings with the servers of a local fleet that is running here, when no URL is given."""
-    loaded = settings.load()
-    urls = running_urls(loaded.data_dir) if local.given_urls(loaded) is None else None
-    return loaded if urls is None else local.with_servers(loaded, urls)

@@ -28,8 +28,8 @@ from deploy import provision
 from deploy.demo import loan_applications
 from deploy.fleet import Fleet, RoleSpec
 from deploy.processes import port_is_free
-from deploy.servers import ServerUrls, StartedServers, ensure_servers
-from deploy.settings import Settings, SettingsError, environment_of
+from deploy.servers import ServerUrls, StartedServers, ensure_servers, running_urls
+from deploy.settings import Settings, SettingsError, environment_of, load
 from deploy.stream import StreamReport, stream
 
 _READY_S = 60.0
@@ -57,6 +57,13 @@ def with_servers(settings: Settings, urls: ServerUrls) -> Settings:
             "rabbitmq_management_url": SecretStr(urls.rabbitmq_management),
         }
     )
+
+
+def found_settings() -> Settings:
+    """Settings with the servers of a local fleet that is running here, when no URL is given."""
+    loaded = load()
+    urls = running_urls(loaded.data_dir) if given_urls(loaded) is None else None
+    return loaded if urls is None else with_servers(loaded, urls)
 
 
 def roles(health_base: int, *, scaled: bool = False) -> list[RoleSpec]:

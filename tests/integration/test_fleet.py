@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +18,7 @@ import pytest
 
 from contracts.events import event_id_of
 from contracts.topology import DECISIONS, INGEST, REJECTED, STAGES
+from deploy.settings import environment_of
 from resilience.management import BrokerManagement
 from tests.integration.fleet_fixture import (
     RunningFleet,
@@ -109,6 +113,27 @@ async def test_every_event_of_both_doors_ends_in_one_decision_with_its_whole_tra
     show("outcomes", dict(found.by_outcome), "approvals", sum(row[2] for row in audited))
     assert (found.events, found.decisions, found.dead_letters) == (60, 60, 0)
     await fleet.assert_empty()
+
+
+async def redecide(fleet: RunningFleet, *words: str) -> tuple[int | None, dict[str, Any], str]:
+    """Exit code, answer and complaint of `riskfleet redecide`."""
+    command = (sys.executable, "-m", "deploy.cli", "redecide", *words, "--json")
+    process = await asyncio.create_subprocess_exec(
+        *command, env=dict(os.environ) | environment_of(fleet.settings), stdout=PIPE, stderr=PIPE
+    )
+    out, err = await process.communicate()
+    return process.returncode, json.loads(out or b"{}"), err.decode()
+
+
+async def test_every_decision_is_made_again_to_the_byte(fleet: RunningFleet) -> None:
+    tenant, scope = fleet.upstreams["acme"].tenant, fleet.scope("acme")
+    code, found, _ = await redecide(fleet, "--tenant", tenant)
+    assert (code, found["decided_again"], found["identical"], found["different"]) == (0, 60, 60, [])
+    code, found, _ = await redecide(fleet, "--tenant", tenant, "plain-0007", event_id_of(scope, "plain-0008"), "nobody")
+    assert (code, found["identical"], found["not_decided"]) == (1, 2, ["nobody"])
+    code, _, complaint = await redecide(fleet, "--tenant", "nobody-at-all")
+    assert code == 2
+    assert "there is no tenant nobody-at-all" in complaint
 
 
 async def test_another_tenant_sees_nothing_of_it(fleet: RunningFleet) -> None:

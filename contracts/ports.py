@@ -353,6 +353,10 @@ class Past(Protocol):
         """A tenant's events by id, from behind `after` on."""
         ...
 
+    async def count(self, scope: TenantScope, most: int) -> int:
+        """How many events a tenant has; counted no further than `most`."""
+        ...
+
     async def known(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[PastEvent | None]:
         """These events, as far as they were accepted."""
         ...

@@ -49,6 +49,7 @@ class HealingFeatures:
     def __init__(self, store: FeatureStore, past: Past, policy: VelocityPolicy | None = None) -> None:
         self._store, self._past = store, past
         self._policy = policy or VelocityPolicy()
+        self._large: set[TenantScope] = set()
         self.merge, self.mark, self.marks, self.complete = store.merge, store.mark, store.marks, store.complete
 
     async def observe(self, sightings: Sequence[Sighting], *, record: bool = True) -> Sequence[Observation]:
@@ -61,9 +62,11 @@ class HealingFeatures:
         return await self._store.observe(sightings, record=record) if any(healed) else seen
 
     async def _heal(self, scope: TenantScope) -> bool:
-        # One page more than is worth it tells: whoever is large is not read to the end here.
-        large = len(await self._past.imported(scope, None, 2)) > 1
-        if large or len(await self._past.events(scope, None, AT_ONCE + 1)) > AT_ONCE:
+        """Rebuild a small tenant. A large one stays large: it is counted once, or every group of events would wait."""
+        if scope in self._large:
+            return False
+        if await self._past.count(scope, AT_ONCE + 1) > AT_ONCE or len(await self._past.imported(scope, None, 2)) > 1:
+            self._large.add(scope)
             log.warning("velocity.incomplete", tenant=scope.tenant_id, reason="many events: they are read meanwhile")
             return False
         return await self.rebuild(scope)

@@ -34,6 +34,10 @@ class MemoryPast:
         behind = sorted((row for row in rows if row.event_id > (after or "")), key=lambda row: row.event_id)
         return [_past(scope, row) for row in behind[:limit]]
 
+    async def count(self, scope: TenantScope, most: int) -> int:
+        """How many events a tenant has; counted no further than `most`."""
+        return min(len(await self._database.run([scope], lambda tx: tx.rows(EVENTS))), most)
+
     async def known(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[PastEvent | None]:
         """These events, by position."""
         if not keys:

@@ -49,6 +49,7 @@ _IMPORTED: Final = text(
      ORDER BY source, part LIMIT :limit
     """
 )
+_COUNT: Final = text("SELECT count(*) FROM (SELECT 1 FROM events WHERE tenant = :tenant LIMIT :most) AS some")
 _KEEP: Final = text(
     """
     INSERT INTO imported_history (tenant, source, part, packed)
@@ -71,6 +72,12 @@ class PostgresPast:
             values = {"tenant": scope.tenant_id, "after": after or "", "limit": limit}
             rows = (await connection.execute(_EVENTS, values)).all()
         return list(_readable((scope, row) for row in rows))
+
+    async def count(self, scope: TenantScope, most: int) -> int:
+        """How many events a tenant has; counted no further than `most`."""
+        async with transaction(self._engine, [scope]) as connection:
+            values = {"tenant": scope.tenant_id, "most": most}
+            return int((await connection.execute(_COUNT, values)).scalar_one())
 
     async def known(self, keys: Sequence[tuple[TenantScope, str]]) -> Sequence[PastEvent | None]:
         """These events, by position."""

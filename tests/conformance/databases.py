@@ -35,6 +35,7 @@ from contracts.ports import (
     Ledger,
     Message,
     Outbox,
+    Past,
     Registry,
 )
 from contracts.state import (
@@ -71,6 +72,7 @@ from governance.memory import (
 )
 from governance.memory import enqueue as enqueue_in_memory
 from governance.memory.ledger import APPROVALS, DECISIONS
+from governance.memory.past import MemoryPast
 from governance.memory.records import DEAD_LETTERS, LABELS, OUTBOX
 from governance.postgres import (
     PostgresAuditLog,
@@ -87,6 +89,7 @@ from governance.postgres import (
 from governance.postgres.feed import PostgresDecisionFeed
 from governance.postgres.labels import PostgresLabelBook
 from governance.postgres.outbox import PostgresOutbox, enqueue
+from governance.postgres.past import PostgresPast
 from governance.registry import ANY_MODEL, SHARED, VersionStatus
 from governance.signing import Signer, Statement, Verifier
 from resilience.memory.time import SteppingClock
@@ -115,6 +118,7 @@ class Bench(ABC):
     directory: MemoryDirectory | PostgresDirectory
     feed: DecisionFeed
     labels: LabelBook
+    past: Past
     outbox: Outbox
 
     @abstractmethod
@@ -205,6 +209,7 @@ class MemoryBench(Bench):
         self.directory = self.memory_directory
         self.feed = MemoryDecisionFeed(self.database)
         self.labels = MemoryLabelBook(self.database)
+        self.past = MemoryPast(self.database)
         self.outbox = MemoryOutbox(self.database)
 
     def lose_reply(self) -> None:
@@ -378,6 +383,7 @@ class PostgresBench(Bench):
         self.directory = PostgresDirectory(engine, self.clock, PEPPER)
         self.feed = PostgresDecisionFeed(engine)
         self.labels = PostgresLabelBook(engine)
+        self.past = PostgresPast(engine)
         self.outbox = PostgresOutbox(engine)
 
     def lose_reply(self) -> None:

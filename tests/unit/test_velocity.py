@@ -143,6 +143,26 @@ async def test_a_tenant_with_many_events_is_not_rebuilt_while_its_events_wait() 
     assert again.velocity.complete
 
 
+async def test_a_tenant_with_many_events_is_counted_once_and_not_for_every_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts, asked = Parts(), list[str]()
+    await parts.ledger.record_events([state(n) for n in range(AT_ONCE + 1)])
+    for name in ("count", "imported", "events", "labels"):
+        real = getattr(MemoryPast, name)
+
+        async def counted(*args: Any, name: str = name, real: Any = real, **named: Any) -> Any:
+            asked.append(name)
+            return await real(*args, **named)
+
+        monkeypatch.setattr(MemoryPast, name, counted)
+    for n in range(4):
+        (facts,) = await parts.accept(state(n))
+        assert not facts.velocity.complete
+        parts.server.flush()
+    assert asked == ["count"]
+
+
 async def test_an_epoch_that_ended_meanwhile_is_not_called_complete() -> None:
     parts = Parts()
     await parts.accept(state(1))

@@ -214,8 +214,10 @@ class RabbitConsumer:
 
     async def _subscribe(self, *, again: bool = False) -> None:
         """`again`: a queue that was deleted meanwhile is left, or it would keep the others waiting."""
+        losses: list[object] = []
 
         def lost(*_: object) -> None:
+            losses.append(None)
             if self._broker is broker:
                 self._lost.set()
 
@@ -224,6 +226,7 @@ class RabbitConsumer:
             self._queues = await _found(broker, self._queues)
         self._subscribers = {queue: self._attach(broker, queue) for queue in self._queues}
         await _start(broker)
+        await _refuse_if(losses, broker)
         self._broker = broker
 
     async def _watch(self) -> None:
@@ -450,7 +453,10 @@ class RabbitReplies:
         return self._board.wait(event_id, timeout_s)
 
     async def _subscribe(self) -> None:
+        losses: list[object] = []
+
         def lost(*_: object) -> None:
+            losses.append(None)
             if self._broker is broker:
                 self._lost.set()
 
@@ -469,6 +475,7 @@ class RabbitReplies:
         )
         broker.subscriber(queue, ack_policy=AckPolicy.ACK_FIRST, no_reply=True, decoder=_raw_body)(receive)
         await _start(broker)
+        await _refuse_if(losses, broker)
         self._broker = broker
 
     async def _watch(self) -> None:
@@ -557,6 +564,15 @@ async def _start(broker: RabbitBroker) -> None:
         raise MessagingFailureError(
             f"cannot consume ({type(error).__name__}); is RabbitMQ up, and was 'riskfleet topology apply' run?"
         ) from error
+
+
+async def _refuse_if(losses: Sequence[object], broker: RabbitBroker) -> None:
+    """Raise MessagingFailureError, the broker closed, when its connection was lost on the way: the client may have
+    restored it without some of its consumers, and nobody would hear of the loss any more.
+    """
+    if losses:
+        await _close(broker)
+        raise MessagingFailureError("the connection to RabbitMQ was lost while it was made")
 
 
 async def _close(broker: RabbitBroker) -> None:

@@ -7,7 +7,7 @@ the client ends what waits on a connection with CancelledError, so the loop's ta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -16,7 +16,7 @@ from contracts.failures import MessagingFailureError
 from contracts.ports import Delivery
 from contracts.settlement import Ack, Settlement
 from resilience import rabbit
-from resilience.rabbit import ConsumerPolicy, RabbitConsumer
+from resilience.rabbit import ConsumerPolicy, RabbitConsumer, RabbitReplies
 
 
 async def handle(deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
@@ -67,3 +67,44 @@ async def test_an_ack_ends_with_its_own_task() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_connection_that_is_lost_while_it_is_made_is_closed_and_not_consumed_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Schedule: the broker restarts between the connection and the last subscription; the client restores the
+    connection by itself, perhaps without a consumer on some queue, and told of the loss before anybody listened.
+    """
+    made: list[Any] = []
+
+    class Broker:
+        def __init__(self, lost: Callable[[], None], times: int) -> None:
+            self.lost, self.times, self.closed = lost, times, False
+
+        def subscriber(self, *_: object, **__: object) -> Callable[[Any], Any]:
+            return lambda receive: receive
+
+        async def start(self) -> None:
+            for _ in range(self.times):
+                self.lost()
+
+        async def stop(self) -> None:
+            self.closed = True
+
+    def consuming(_url: str, _prefetch: int, lost: Callable[[], None]) -> Any:
+        made.append(Broker(lost, 1 if not made else 0))
+        return made[-1]
+
+    monkeypatch.setattr(rabbit, "_consuming", consuming)
+    for subscriber in (
+        RabbitConsumer("amqp://nobody", ["a"], handle, probe, ConsumerPolicy()),
+        RabbitReplies("amqp://nobody", "boot"),
+    ):
+        made.clear()
+        with pytest.raises(MessagingFailureError):
+            await subscriber._subscribe()
+        assert made[0].closed
+        assert subscriber._broker is None
+        await subscriber._subscribe()
+        assert subscriber._broker is made[1]
+        assert [one.closed for one in made] == [True, False]

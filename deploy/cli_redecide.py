@@ -24,8 +24,7 @@ from deploy.printing import console, errors, print_json
 from deploy.runtime import SystemClock
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
+    from governance.postgres import AsyncEngine
     from workers.redecision import Redecision
 
 _SHOWN: Final = 20

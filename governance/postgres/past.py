@@ -49,7 +49,7 @@ _IMPORTED: Final = text(
      ORDER BY source, part LIMIT :limit
     """
 )
-_COUNT: Final = text("SELECT count(*) FROM (SELECT 1 FROM events WHERE tenant = :tenant LIMIT :most) AS some")
+_COUNT: Final = text("SELECT count(*) FROM (SELECT 1 FROM events WHERE tenant = :tenant LIMIT :most) AS counted")
 _KEEP: Final = text(
     """
     INSERT INTO imported_history (tenant, source, part, packed)

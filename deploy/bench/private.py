@@ -50,8 +50,8 @@ class PrivateFleet:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RISKFLEET_")}
         environment = kept | environment_of(settings) | {"PYTHONPATH": str(_ROOT)}
         stages, others = _parts(plan)
-        self._workers = len(stages)
         self._logs = settings.data_dir / "logs"
+        self._stage_logs = [self._logs / "stages" / f"{spec.name}.log" for spec in stages]
         # Two supervisors, because the stages of a drain start after everything else.
         self._stages = Fleet(stages, environment, self._logs / "stages", say)
         self._others = Fleet(others, environment, self._logs, say, native.ensure_alive)
@@ -62,8 +62,7 @@ class PrivateFleet:
 
     def stages_ready(self) -> bool:
         """Whether every stage worker said in its log that it consumes."""
-        logs = list((self._logs / "stages").glob("*.log"))
-        return len(logs) == self._workers and all(b"role.ready" in log.read_bytes() for log in logs)
+        return all(log.exists() and b"role.ready" in log.read_bytes() for log in self._stage_logs)
 
     def pids(self) -> dict[str, list[int]]:
         """Process numbers by kind: each role, and rabbitmq, redis, postgresql. Workers of a stage are one kind."""

@@ -224,6 +224,8 @@ class Fleet:
     def _started(self, spec: RoleSpec, log: Path) -> Process:
         env = self._env | dict(spec.variables)
         if forkable(spec.argv):
+            if self._nursery is not None and self._nursery.lost:
+                self._nursery.close()
             if self._nursery is None or self._nursery.lost:
                 self._nursery = Nursery(_dies_with_parent(), self._env, self._log_dir / "nursery.log")
             with contextlib.suppress(NurseryError):  # then as any other command

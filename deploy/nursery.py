@@ -30,8 +30,16 @@ from typing import Any, Final
 
 from deploy.processes import identify
 
-PRELOAD: Final = ("deploy.wiring", "deploy.control", "deploy.autoscaler", "deploy.rooms")
-"""What a role imports sooner or later; `deploy.rooms` names what `deploy.wiring` imports for some roles only."""
+PRELOAD: Final = (
+    "uvloop",
+    *(f"deploy.{name}" for name in ("wiring", "control", "autoscaler", "credentials", "role", "stopping")),
+    *(f"gateway.{name}" for name in ("http", "ingress", "labelling", "waiting")),
+    *(f"governance.postgres.{name}" for name in ("audit", "deadletters", "directory", "feed", "labels", "ledger")),
+    *(f"governance.postgres.{name}" for name in ("past", "pauses", "registry")),
+    *(f"workers.{name}" for name in ("gate", "runner", "simulation", "velocity")),
+    *(f"workers.sinks.{name}" for name in ("audit", "delivery", "labels", "metrics", "parking")),
+)
+"""What a role imports sooner or later."""
 
 _ANSWER_S: Final = 60.0
 _LOST: Final = -signal.SIGTERM
@@ -117,6 +125,7 @@ class Nursery:
         while not self._answers:
             self._read(deadline - time.monotonic())
             if self.lost or time.monotonic() >= deadline:
+                self.close()  # or it might still fork what is started in another way by then
                 raise NurseryError("the nursery does not answer")
         answer = self._answers.pop(0)
         if "pid" not in answer:

@@ -65,7 +65,7 @@ class StatePolicy:
 
 
 class _Connection(aioredis.Connection):
-    """Commands are packed in C: the asyncio client packs in Python, six times as slow for a script's many arguments.
+    """Commands are packed in C: the asyncio client packs in Python, argument by argument, and a script has many.
 
     A URL of another scheme (rediss://, unix://) names its own class, and is packed in Python.
     """

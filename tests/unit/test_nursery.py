@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from deploy.fleet import Fleet, RoleSpec
-from deploy.nursery import Child, Nursery, NurseryError, forkable
+from deploy.nursery import PRELOAD, Child, Nursery, NurseryError, forkable
 from deploy.processes import identify
 from tests.unit.test_fleet import QUICK, until
 
@@ -52,6 +53,10 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 def start(nursery: Nursery, env: dict[str, str], tmp_path: Path, *words: str) -> Child:
     return nursery.start((sys.executable, "-m", "tiny_role", *words), env, tmp_path / "role.log")
+
+
+def test_everything_that_is_imported_beforehand_exists() -> None:
+    assert [name for name in PRELOAD if find_spec(name) is None] == []
 
 
 def test_only_a_module_of_this_interpreter_is_forked() -> None:

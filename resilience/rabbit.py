@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,8 @@ Handler = Callable[[Sequence[Delivery]], Awaitable[Sequence[Settlement]]]
 Probe = Callable[[], Awaitable[None]]
 
 _CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
-_START_S = 15.0
+_CONNECT_S, _START_S = 10.0, 15.0
+"""How long to wait for a connection, and for a start as a whole (s); a try that is cut off from outside lives on."""
 _FINISH_S, _RELEASE_S, _CLOSE_S = 8.0, 2.0, 4.0
 """How long a stop waits for the group in hand, for a stuck one to let go, and for the connection to close (s)."""
 _REPLIES = 10_000
@@ -65,10 +66,14 @@ class RabbitPublisher:
         try:
             async with asyncio.timeout(self._timeout_s * 2):
                 self._connection = await aio_pika.connect_robust(
-                    self._url, reconnect_interval=0.5, client_properties={"connection_name": self._name}
+                    self._url,
+                    timeout=self._timeout_s,
+                    reconnect_interval=0.5,
+                    client_properties={"connection_name": self._name},
                 )
                 await self._open_channels(self._connection)
         except _CLIENT_ERRORS as error:
+            await self.close()
             raise MessagingFailureError(
                 f"RabbitMQ does not answer ({type(error).__name__}); is it up, and is RABBITMQ_URL right?"
             ) from error
@@ -222,11 +227,12 @@ class RabbitConsumer:
                 self._lost.set()
 
         broker = _consuming(self._url, self._policy.prefetch, lost)
-        if again:
-            self._queues = await _found(broker, self._queues)
-        self._subscribers = {queue: self._attach(broker, queue) for queue in self._queues}
-        await _start(broker)
-        await _refuse_if(losses, broker)
+        async with _closed_on_failure(broker):
+            if again:
+                self._queues = await _found(broker, self._queues)
+            self._subscribers = {queue: self._attach(broker, queue) for queue in self._queues}
+            await _start(broker)
+            _refuse_if(losses)
         self._broker = broker
 
     async def _watch(self) -> None:
@@ -413,6 +419,7 @@ class RabbitConsumer:
         self._stopping.set()
         if self._watcher is not None:
             self._watcher.cancel()
+            await asyncio.wait({self._watcher}, timeout=_CLOSE_S)
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=_FINISH_S)
             self._loop.cancel()
@@ -474,8 +481,9 @@ class RabbitReplies:
             arguments={"x-max-length": _REPLIES},  # a process that hangs must not fill the broker's memory
         )
         broker.subscriber(queue, ack_policy=AckPolicy.ACK_FIRST, no_reply=True, decoder=_raw_body)(receive)
-        await _start(broker)
-        await _refuse_if(losses, broker)
+        async with _closed_on_failure(broker):
+            await _start(broker)
+            _refuse_if(losses)
         self._broker = broker
 
     async def _watch(self) -> None:
@@ -503,6 +511,7 @@ class RabbitReplies:
         """Close the connection; whoever still waits is answered None at once."""
         if self._watcher is not None:
             self._watcher.cancel()
+            await asyncio.wait({self._watcher}, timeout=_CLOSE_S)
         self._board.close()
         await self._disconnect()
 
@@ -511,6 +520,7 @@ def _consuming(url: str, prefetch: int, lost: Callable[..., None]) -> RabbitBrok
     """A broker for raw bodies, not yet connected; `lost` is called when its connection closes."""
     return RabbitBroker(
         url,
+        timeout=_CONNECT_S,
         graceful_timeout=5.0,
         default_channel=Channel(prefetch_count=prefetch),
         apply_types=False,
@@ -533,7 +543,6 @@ async def _found(broker: RabbitBroker, queues: Sequence[str]) -> list[str]:
                 except aiormq.exceptions.ChannelNotFoundEntity:
                     log.error("queue.missing", queue=queue)
     except _CLIENT_ERRORS as error:
-        await _close(broker)
         raise MessagingFailureError(f"cannot look at the queues ({type(error).__name__})") from error
     return found
 
@@ -560,23 +569,42 @@ async def _start(broker: RabbitBroker) -> None:
         async with asyncio.timeout(_START_S):
             await broker.start()
     except _CLIENT_ERRORS as error:
-        await _close(broker)
         raise MessagingFailureError(
             f"cannot consume ({type(error).__name__}); is RabbitMQ up, and was 'riskfleet topology apply' run?"
         ) from error
 
 
-async def _refuse_if(losses: Sequence[object], broker: RabbitBroker) -> None:
-    """Raise MessagingFailureError, the broker closed, when its connection was lost on the way: the client may have
-    restored it without some of its consumers, and nobody would hear of the loss any more.
+def _refuse_if(losses: Sequence[object]) -> None:
+    """Raise MessagingFailureError for a connection that was lost on the way: the client may have restored it without
+    some of its consumers, and nobody would hear of the loss any more.
     """
     if losses:
-        await _close(broker)
         raise MessagingFailureError("the connection to RabbitMQ was lost while it was made")
 
 
+@contextlib.asynccontextmanager
+async def _closed_on_failure(broker: RabbitBroker) -> AsyncIterator[None]:
+    """Close a broker that is not taken into use, also when whoever made it is cancelled: it would go on consuming."""
+    try:
+        yield
+    except BaseException:
+        await _close(broker)
+        raise
+
+
 async def _close(broker: RabbitBroker) -> None:
-    """Close a broker's connection; one that is gone already may answer with any error, or never."""
+    """Close a broker's connection, to the end even when cancelled: a lost one would be restored by its client.
+
+    One that is gone already may answer with any error, or never.
+    """
+    try:
+        await _stop(broker)
+    except asyncio.CancelledError:
+        await _stop(broker)
+        raise
+
+
+async def _stop(broker: RabbitBroker) -> None:
     with contextlib.suppress(*_CLIENT_ERRORS):
         async with asyncio.timeout(_CLOSE_S):
             await broker.stop()

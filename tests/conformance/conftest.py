@@ -327,9 +327,10 @@ def rabbit_brokers(url: str, management: BrokerManagement, wire: LossyWire) -> t
     async def kill(consumer: Consumer) -> None:
         """Its tasks end without settling anything, then the connection: what a dead process leaves."""
         assert isinstance(consumer, RabbitConsumer)
-        for task in (consumer._loop, consumer._watcher):
-            if task is not None:
-                task.cancel()
+        tasks = [task for task in (consumer._loop, consumer._watcher) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         broker, consumer._broker = consumer._broker, None
         if broker is not None:
             await _close(broker)

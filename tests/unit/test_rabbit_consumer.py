@@ -16,7 +16,7 @@ from contracts.failures import MessagingFailureError
 from contracts.ports import Delivery
 from contracts.settlement import Ack, Settlement
 from resilience import rabbit
-from resilience.rabbit import ConsumerPolicy, RabbitConsumer, RabbitReplies
+from resilience.rabbit import ConsumerPolicy, PausePolicy, RabbitConsumer, RabbitReplies
 
 
 async def handle(deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
@@ -108,3 +108,51 @@ async def test_a_connection_that_is_lost_while_it_is_made_is_closed_and_not_cons
         await subscriber._subscribe()
         assert subscriber._broker is made[1]
         assert [one.closed for one in made] == [True, False]
+
+
+async def test_a_consumer_that_is_stopped_while_it_subscribes_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Schedule: the connection is lost, and the stop comes while the next one is being made: its client would restore
+    it for ever, with consumers whose deliveries nobody settles.
+    """
+    started = asyncio.Event()
+    made: list[Any] = []
+
+    class Broker:
+        closed = False
+
+        def subscriber(self, *_: object, **__: object) -> Callable[[Any], Any]:
+            return lambda receive: receive
+
+        async def start(self) -> None:
+            if len(made) > 1:
+                started.set()
+                await asyncio.sleep(60)
+
+        async def stop(self) -> None:
+            await asyncio.sleep(0)
+            self.closed = True
+
+    def consuming(_url: str, _prefetch: int, _lost: Callable[[], None]) -> Any:
+        made.append(Broker())
+        return made[-1]
+
+    async def found(_broker: object, queues: list[str]) -> list[str]:
+        return queues
+
+    monkeypatch.setattr(rabbit, "_consuming", consuming)
+    monkeypatch.setattr(rabbit, "_found", found)
+    policy = ConsumerPolicy(pause=PausePolicy(first_probe_s=0.001))
+    consumer, replies = RabbitConsumer("amqp://nobody", ["a"], handle, probe, policy), RabbitReplies("amqp://x", "boot")
+    for start, stop, lost in (
+        (consumer.start, consumer.stop, consumer._lost),
+        (replies.start, replies.close, replies._lost),
+    ):
+        made.clear()
+        started.clear()
+        await start()
+        lost.set()
+        await asyncio.wait_for(started.wait(), 5)
+        await stop()
+        assert [one.closed for one in made] == [True, True]

@@ -10,6 +10,9 @@ What is needed follows from the queue's own equation: workers · service rate ·
 time in which it must be gone. Two signals besides: an event too old although the equation is content, and processors
 that are full. A rule that looks at the backlog alone needs a backlog to keep its workers; this one keeps them for what
 arrives.
+
+A burst that comes again is learnt: after two, their pause and a quarter is waited for the next one before going down.
+Once nothing came in that time, the patience is the policy's again.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Any, Final
 
 _ABSURD: Final = 1e9
 """Workers beyond this are no number of workers; the maximum bounds what is wanted."""
+_BURST: Final = 2.0
+"""A need that changes by a smaller factor is no burst."""
 
 
 class Action(StrEnum):
@@ -83,7 +88,8 @@ class ScalingPolicy:
     `slo_age_s`: no event may be older. `drain_s`: how fast a backlog must go. `busy`: the utilisation that a stage is
     sized for; `spare`: the one that it must not exceed *after* shrinking (below `busy`: the gap is the hysteresis).
     `growth`: at most so many times as many workers at once. `shrink`: at most this share fewer at once, one anyway.
-    `calm_s`: so long must fewer have been enough; the most that was needed in that time stays. `up_pause_s`: the rest
+    `calm_s`: so long must fewer have been enough; the most that was needed in that time stays. `recall_s`: a load that
+    comes again after at most this long is waited for next time; 0 never waits. `up_pause_s`: the rest
     between two steps up. `down_pause_s`: the rest after any step, before one down. `failing`: the failure rate from
     which nothing changes, until it is below `healed`. `slow_s`: the latency above which nothing shrinks. `full`: the
     CPU share from which a backlog needs one more, whatever the rest says.
@@ -100,6 +106,7 @@ class ScalingPolicy:
     growth: float = 8.0
     shrink: float = 0.5
     calm_s: float = 45.0
+    recall_s: float = 600.0
     up_pause_s: float = 15.0
     down_pause_s: float = 15.0
     max_metrics_age_s: float = 60.0
@@ -119,8 +126,8 @@ class ScalingPolicy:
             raise ValueError("growth is above 1; shrink and full are above 0 and at most 1")
         if min(self.slo_age_s, self.drain_s, self.max_metrics_age_s, self.slow_s) <= 0:
             raise ValueError("slo_age_s, drain_s, max_metrics_age_s and slow_s are above 0")
-        if min(self.calm_s, self.up_pause_s, self.down_pause_s) < 0:
-            raise ValueError("calm_s, up_pause_s and down_pause_s are not negative")
+        if min(self.calm_s, self.recall_s, self.up_pause_s, self.down_pause_s) < 0:
+            raise ValueError("calm_s, recall_s, up_pause_s and down_pause_s are not negative")
 
 
 def policy_within(slo_age_s: float, minimum: int, maximum: int) -> ScalingPolicy:
@@ -128,7 +135,7 @@ def policy_within(slo_age_s: float, minimum: int, maximum: int) -> ScalingPolicy
     known = ScalingPolicy()
     times = {
         name: getattr(known, name) * slo_age_s / known.slo_age_s
-        for name in ("slo_age_s", "drain_s", "calm_s", "up_pause_s", "down_pause_s", "slow_s")
+        for name in ("slo_age_s", "drain_s", "calm_s", "recall_s", "up_pause_s", "down_pause_s", "slow_s")
     }
     return replace(known, minimum=minimum, maximum=maximum, **times)
 
@@ -137,13 +144,16 @@ def policy_within(slo_age_s: float, minimum: int, maximum: int) -> ScalingPolicy
 class ScalingState:
     """What one decision leaves to the next; the default is a fleet that has just begun.
 
-    `needs`: what would have been enough, newest last, as far back as `calm_s`. `service_rate`: learnt, for the times
-    when no worker is busy.
+    `needs`: what would have been enough, newest last, as far back as `patience_s`, which is `calm_s` unless more was
+    learnt. `eased_at`: since when far fewer were enough, None while a burst lasts. `service_rate`: learnt, for the
+    times when no worker is busy.
     """
 
     as_of: datetime | None = None
     changed_at: datetime | None = None
     raised_at: datetime | None = None
+    eased_at: datetime | None = None
+    patience_s: float = 0.0
     needs: tuple[tuple[datetime, int], ...] = ()
     service_rate: float | None = None
     backlog: float = 0.0
@@ -225,14 +235,8 @@ def _weigh(snapshot: MetricsSnapshot, policy: ScalingPolicy, state: ScalingState
     need, reason = _need(policy, state, known)
     enough = max(_workers(_demand(policy, known), known.service, policy.spare), need)
     learnt = state.service_rate if snapshot.service_rate is None else known.service
-    after = ScalingState(
-        snapshot.as_of,
-        state.changed_at,
-        state.raised_at,
-        _watched((*state.needs, (snapshot.as_of, enough)), policy.calm_s),
-        learnt,
-        known.backlog,
-    )
+    needs = _watched((*state.needs, (snapshot.as_of, enough)), _patience(policy, state))
+    after = replace(state, as_of=snapshot.as_of, needs=needs, service_rate=learnt, backlog=known.backlog, failing=False)
     if need <= known.current:
         return _shrink(snapshot, policy, after, known)
     fewest, ceiling = _bounds(snapshot, policy)
@@ -242,9 +246,13 @@ def _weigh(snapshot: MetricsSnapshot, policy: ScalingPolicy, state: ScalingState
     return _change(snapshot, policy, after, min(need, most), reason)
 
 
-def _watched(needs: tuple[tuple[datetime, int], ...], calm_s: float) -> tuple[tuple[datetime, int], ...]:
-    """The needs of the last `calm_s`, and the one before, so that they span it whole."""
-    since = needs[-1][0] - timedelta(seconds=calm_s)
+def _patience(policy: ScalingPolicy, state: ScalingState) -> float:
+    return max(policy.calm_s, state.patience_s)
+
+
+def _watched(needs: tuple[tuple[datetime, int], ...], patience_s: float) -> tuple[tuple[datetime, int], ...]:
+    """The needs of the last `patience_s`, and the one before, so that they span it whole."""
+    since = needs[-1][0] - timedelta(seconds=patience_s)
     begin = next((place for place in range(len(needs) - 1, -1, -1) if needs[place][0] <= since), 0)
     return needs[begin:]
 
@@ -278,12 +286,15 @@ def _shrink(snapshot: MetricsSnapshot, policy: ScalingPolicy, state: ScalingStat
     target = max(need for _, need in state.needs)
     if target >= known.current:
         return _hold(snapshot, policy, state, Reason.STEADY)
-    calm = (snapshot.as_of - state.needs[0][0]).total_seconds() >= policy.calm_s
+    calm = (snapshot.as_of - state.needs[0][0]).total_seconds() >= _patience(policy, state)
     if not calm or _within(state.changed_at, snapshot.as_of, policy.down_pause_s):
         return _hold(snapshot, policy, state, Reason.COOLING_DOWN)
     if known.latency_s is not None and known.latency_s > policy.slow_s:
         return _hold(snapshot, policy, state, Reason.LATENCY)
     step = max(1, math.floor(known.current * policy.shrink))
+    if target * _BURST <= known.current:
+        # Whoever waited for a burst waited in vain, and waits no longer.
+        state = replace(state, eased_at=state.eased_at or state.needs[0][0], patience_s=0.0)
     return _change(snapshot, policy, state, max(target, known.current - step), Reason.SURPLUS)
 
 
@@ -315,8 +326,18 @@ def _change(
         reason = Reason.ABOVE_MAXIMUM
     at = snapshot.as_of
     if desired > current:
+        if desired >= _BURST * current:
+            state = replace(state, eased_at=None, patience_s=_learnt(policy, state, at))
         return ScalingDecision(Action.SCALE_UP, desired, reason, replace(state, changed_at=at, raised_at=at))
     return ScalingDecision(Action.SCALE_DOWN, desired, reason, replace(state, changed_at=at))
+
+
+def _learnt(policy: ScalingPolicy, state: ScalingState, now: datetime) -> float:
+    """How long to wait for the next burst: so long, and a quarter, as far fewer were enough before this one."""
+    if state.eased_at is None:
+        return state.patience_s
+    gap = (now - state.eased_at).total_seconds()
+    return 1.25 * gap if gap <= policy.recall_s else 0.0
 
 
 # --- traces: docs/traces.md has the format ----------------------------------------------------------
@@ -351,7 +372,7 @@ def policy_of(head: Mapping[str, Any]) -> ScalingPolicy:
     if head.get("trace") != TRACE_VERSION:
         raise ValueError(f"this release reads traces of version {TRACE_VERSION}")
     try:
-        return ScalingPolicy(**head["policy"])
+        return ScalingPolicy(**{"recall_s": 0.0} | head["policy"])  # as it was before there was a choice
     except (KeyError, TypeError) as error:
         raise ValueError("the first line of a trace names the policy and nothing else in it") from error
 

@@ -61,7 +61,7 @@ def best(trace: str) -> str:
 # --- beside the queue-length rule -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trace", [name for name in NAMES if name != "burst"])
+@pytest.mark.parametrize("trace", NAMES)
 def test_less_of_everything_than_the_queue_length_rule_at_its_best(trace: str) -> None:
     ours, rival = score(trace, OURS), score(trace, best(trace))
     assert ours.over_slo_s < rival.over_slo_s
@@ -69,14 +69,30 @@ def test_less_of_everything_than_the_queue_length_rule_at_its_best(trace: str) -
     assert ours.flaps < rival.flaps
 
 
-def test_a_burst_that_comes_again_is_met_for_half_the_price_though_not_sooner() -> None:
-    """What docs/traces.md concedes: a rule that has not gone down before the next burst waits and turns less."""
-    ours, rival = score("burst", OURS), score("burst", best("burst"))
-    assert ours.worker_s < rival.worker_s / 2
-    assert ours.over_slo_s > rival.over_slo_s
-    # At the price that KEDA must ask for as little, it keeps events waiting longer.
-    cheap = replay(BY_NAME["burst"], QueueLength(5000, 1, MAXIMUM))[0]
-    assert cheap.over_slo_s > 3 * ours.over_slo_s
+def test_whoever_does_not_wait_for_the_next_burst_pays_half_and_is_late_each_time() -> None:
+    hasty = replay(BY_NAME["burst"], Ours(replace(POLICY, recall_s=0.0)))[0]
+    assert hasty.worker_s < score("burst", OURS).worker_s / 2
+    assert hasty.over_slo_s > 2 * score("burst", OURS).over_slo_s
+
+
+def test_a_burst_is_waited_for_after_the_second_and_no_longer_than_it_could_come() -> None:
+    """Two bursts, and then none: the third is waited for, and after that the stage is small again."""
+    ours = Ours(POLICY)
+    trace = synthetic("twice", 5, 3600, lambda t: ((1000.0 if 300 <= t < 420 or 900 <= t < 1020 else 100.0), 0.0))
+    _, shown = replay(trace, ours)
+    counts = {
+        round((one.as_of - START).total_seconds()): made.desired for one, made in zip(shown, ours.decided, strict=True)
+    }
+    assert counts[600] <= 4  # after the first it went down
+    assert counts[1500] >= 20  # where the third would come
+    assert counts[1800] <= 4
+    assert ours.state.patience_s == 0
+
+
+def test_bursts_further_apart_than_is_recalled_are_not_waited_for() -> None:
+    ours = Ours(replace(POLICY, recall_s=300.0))
+    replay(BY_NAME["burst"], ours)
+    assert {made.state.patience_s for made in ours.decided} == {0.0}
 
 
 def test_the_documented_table_is_what_comes_out() -> None:

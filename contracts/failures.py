@@ -166,10 +166,6 @@ class LimitExceededError(RiskfleetError):
         self.retry_after_s = retry_after_s
 
 
-class DependencyUnavailableError(RiskfleetError):
-    """A dependency failed too often and is left alone for a while; the event is tried again later."""
-
-
 class UndecidedLimitError(LimitExceededError):
     """The tenant has as many events under way as it may; repeat after Retry-After: decisions make room."""
 
@@ -185,6 +181,10 @@ class TenantPausedError(RiskfleetError):
 
 class InfrastructureError(RiskfleetError):
     """A server that riskfleet depends on does not answer."""
+
+
+class DependencyUnavailableError(InfrastructureError):
+    """A dependency failed too often and is left alone for a while; the event is tried again later."""
 
 
 class MessagingFailureError(InfrastructureError):

@@ -36,6 +36,7 @@ from deploy.stopping import stop_signal
 from gateway.health import CollectorRegistry, HealthDoor, HealthReport, health_app, serve
 from gateway.refusals import RefusalCounter, RefusalLog, RefusalPolicy
 from governance.postgres import engine as pg
+from resilience.breaker import BreakerPolicy, Breakers, Phase, guarded
 from resilience.monitor import MonitorPolicy, Readings, ServerReading, StageReading, judge
 from resilience.rabbit import ConsumerPolicy, Handler, Probe, RabbitConsumer, RabbitPublisher, RabbitReplies
 from resilience.redis import RedisStateStore, StatePolicy, connect, new_boot_id
@@ -56,6 +57,8 @@ Queues = Sequence[str] | Callable[[Layout], Sequence[str]]
 
 _BEAT_S = 1.0
 _DISCOVERY_S = 2.0
+_DOOR_BREAKER = BreakerPolicy(window=6, minimum=3, open_s=1.0, growth=1.5, longest_s=5.0, probes=1, probe_s=5.0)
+"""A door's calls take seconds to fail, and few are under way at once: what gathered goes together."""
 _ANSWER_S = 3.0  # below the health port's own 5 s, so that a server that is away is named
 # A refusal stays unacked until the record of its second is confirmed: a queue answers about so many in 1.5 s.
 _INGEST_PREFETCH = 512
@@ -281,9 +284,11 @@ async def run_gateway(settings: Settings) -> None:
     from governance.postgres.ledger import PostgresLedger
 
     async with kit(settings, "gateway") as k:
-        ledger = PostgresLedger(k.engine)
+        breakers = Breakers(k.clock, _DOOR_BREAKER, k.telemetry.record)
+        state_store = guarded(k.state_store, breakers.of("redis"))
+        ledger = guarded(PostgresLedger(k.engine), breakers.of("postgresql"))
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
-        refusals, intake = _doors(k, ledger, directory)
+        refusals, intake = _doors(k, state_store, ledger, directory)
         stop = stop_signal()
         async with AsyncExitStack() as stack:
             replies = RabbitReplies(settings.need("rabbitmq_url"), k.boot)
@@ -293,7 +298,7 @@ async def run_gateway(settings: Settings) -> None:
                 authenticator(settings, directory, k.clock),
                 directory,
                 ledger,
-                k.state_store,
+                state_store,
                 k.ids,
                 feed=PostgresDecisionFeed(k.engine),
                 labels=LabelDesk(k.publisher, k.telemetry, k.clock, refusals),
@@ -301,7 +306,7 @@ async def run_gateway(settings: Settings) -> None:
                 waiting=Waiting(replies, ledger, k.clock, stopping=stop),
                 pauses=pauses(k),
             )
-            door = health_door(k, CollectorRegistry(), lambda: None)
+            door = health_door(k, CollectorRegistry(), lambda: None, breakers=breakers.phases)
             app = create_app(intake, ports, refusals, door, layouts=k.layouts)
             async with background(k, stop, refusals.run(asyncio.Event())):
                 await serve(app, settings.http_host, settings.http_port, stop=stop)
@@ -328,7 +333,7 @@ async def run_ingress(settings: Settings) -> None:
 
     async with kit(settings, "ingress") as k:
         directory = PostgresDirectory(k.engine, k.clock, keys.pepper(settings))
-        refusals, intake = _doors(k, PostgresLedger(k.engine), directory)
+        refusals, intake = _doors(k, k.state_store, PostgresLedger(k.engine), directory)
         labels, standing = LabelDesk(k.publisher, k.telemetry, k.clock, refusals), pauses(k)
         ingress = Ingress(intake, labels, directory, k.publisher, refusals, k.clock, k.ids, standing)
         policy = ConsumerPolicy(max(k.settings.prefetch, _INGEST_PREFETCH), k.settings.group)
@@ -344,12 +349,14 @@ async def run_ingress(settings: Settings) -> None:
         await refusals.flush(final=True)
 
 
-def _doors(k: Kit, ledger: PostgresLedger, directory: PostgresDirectory) -> tuple[RefusalLog, Intake]:
+def _doors(
+    k: Kit, state_store: RedisStateStore, ledger: PostgresLedger, directory: PostgresDirectory
+) -> tuple[RefusalLog, Intake]:
     from gateway.intake import Intake, IntakePorts
 
     counter = RefusalCounter(RefusalPolicy(k.boot))
     refusals = RefusalLog(counter, k.publisher, k.telemetry, k.clock, k.layouts)
-    ports = IntakePorts(k.state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids, directory)
+    ports = IntakePorts(state_store, k.publisher, ledger, k.telemetry, k.clock, k.ids, directory)
     return refusals, Intake(ports, refusals, k.layouts)
 
 
@@ -437,9 +444,10 @@ def health_door(
     paused: Callable[[], str | None],
     *,
     stages: Callable[[], Mapping[str, StageReading]] = dict,
+    breakers: Callable[[], Mapping[str, Phase]] = dict,
     gate: Probe | None = None,
 ) -> HealthDoor:
-    """Health of a role: the verdict on its three servers, whether it is paused, and the stages if it reads them.
+    """Health of a role: the verdict on its three servers, whether it is paused, and the stages and breakers it has.
 
     `gate` raises what else keeps the role from its work.
     """
@@ -451,7 +459,7 @@ def health_door(
                 await gate()
             except InfrastructureError as error:
                 reason = error.detail
-        readings = replace(await k.read(), stages=stages(), paused=reason)
+        readings = replace(await k.read(), stages=stages(), breakers=breakers(), paused=reason)
         return HealthReport.of(judge(readings, MonitorPolicy()))
 
     return HealthDoor(k.settings.environment, k.settings.version, check, measured)

@@ -3,7 +3,8 @@
 Promises: while a breaker is open no call goes through; each opening in a row lasts longer, up to a bound; half-open it
 lets at most `probes` calls run at once and closes only after that many have succeeded; an answer that belongs to an
 earlier phase changes nothing. Pure in `admit` and `settle`: the policy is frozen, the state a value, the time an
-argument. `Breaker.call` joins them. Does not time calls out (whoever calls does), and does not retry.
+argument. `Breaker.call` joins them, and `guarded` puts one around a whole port. Does not time calls out (whoever calls
+does), and does not retry.
 
 The idea is the circuit breaker of M. Nygard, "Release It!" (2007); the window counts calls, not seconds, so a quiet
 dependency is judged by as many answers as a busy one.
@@ -12,10 +13,12 @@ dependency is judged by as many answers as a busy one.
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from contracts.failures import DependencyUnavailableError, InfrastructureError
 from contracts.ports import Clock
@@ -236,3 +239,28 @@ class Breakers:
     def phases(self) -> dict[str, Phase]:
         """The phase of every breaker that was asked for, by dependency."""
         return {name: breaker.state.phase for name, breaker in sorted(self._found.items())}
+
+
+class _Guarded:
+    """A port as it is, but for its coroutines."""
+
+    def __init__(self, port: Any, breaker: Breaker) -> None:
+        self._port = port
+        self._breaker = breaker
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+
+        @functools.wraps(found)
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._breaker.call(lambda: found(*args, **kwargs))
+
+        setattr(self, name, call)
+        return call
+
+
+def guarded(port: T, breaker: Breaker) -> T:
+    """The same port, each of whose calls goes through the breaker; it also raises DependencyUnavailableError then."""
+    return cast("T", _Guarded(port, breaker))

@@ -30,7 +30,7 @@ from deploy import stream
 from deploy.native import RabbitServer
 from tests.conftest import need_binaries
 from tests.faults import observing
-from tests.faults.proxy import Weather
+from tests.faults.proxy import Way, Weather
 from tests.faults.rig import ChaosRig, chaos_rig, own_servers
 from tests.integration.fleet_fixture import Login, RunningFleet, eventually, show, some_events
 
@@ -181,6 +181,34 @@ async def test_redis_away_is_503_and_a_flush_loses_nothing(scene: Scene) -> None
         await eventually("the other body is parked", letters, lambda found: found == ["idempotency-conflict"], 30)
 
 
+async def test_a_door_leaves_a_hanging_redis_alone_and_asks_it_again(scene: Scene) -> None:
+    """Redis takes connections and answers nothing: each request would wait for its time to run out."""
+    events = events_of("breaker", 40)
+    proxy = scene.rig.proxies["redis"]
+    await proxy.set(Weather(swallow=frozenset(Way)))
+    try:
+
+        async def refused() -> tuple[httpx.Response, float]:
+            began = time.monotonic()
+            return await scene.post(events[0]), time.monotonic() - began
+
+        answer, took = await eventually(
+            "the breaker opens",
+            refused,
+            lambda found: found[0].json().get("type") == "urn:riskfleet:problem:dependency-unavailable",
+            60,
+        )
+        assert (answer.status_code, took < 1.0) == (503, True)
+        assert int(answer.headers["Retry-After"]) >= 1
+    finally:
+        await proxy.heal()
+        proxy.reset()
+    accepted = await eventually("the breaker closes", lambda: scene.post(events[0]), lambda one: one.is_success, 30)
+    assert accepted.json()["event_id"] == event_id_of(scene.scope("acme"), events[0]["id"])
+    await scene.send("acme", events[1:])
+    await scene.settle(events, letters=(await scene.counts("acme")).dead_letters)
+
+
 async def test_one_node_with_a_worker_of_each_stage_dies(scene: Scene) -> None:
     before = (await scene.counts("acme")).dead_letters
     events = events_of("node", 120)
@@ -196,7 +224,7 @@ async def test_one_node_with_a_worker_of_each_stage_dies(scene: Scene) -> None:
 
 async def test_postgresql_down_parks_nobody_and_the_audit_catches_up(scene: Scene) -> None:
     before = (await scene.counts("acme")).dead_letters
-    events = events_of("database", 80)
+    events = events_of("database", max(80, int(2 * OUTAGE_S)))
     proxy, made = scene.rig.proxies["postgresql"], scene.upstreams["acme"]
     await scene.send("acme", events[:20])
     await proxy.set(Weather(refuse=True))

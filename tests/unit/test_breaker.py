@@ -22,6 +22,7 @@ from resilience.breaker import (
     Phase,
     Ticket,
     admit,
+    guarded,
     open_for,
     settle,
 )
@@ -254,3 +255,36 @@ async def test_each_dependency_has_a_breaker_of_its_own() -> None:
             await breakers.of("llm").call(Dependency(TimeoutError()))
     assert await breakers.of("screening").call(Dependency()) == "answer"
     assert breakers.phases() == {"llm": Phase.OPEN, "screening": Phase.CLOSED}
+
+
+async def test_every_call_of_a_guarded_port_goes_through_its_breaker() -> None:
+    class Port:
+        name = "port"
+
+        def __init__(self) -> None:
+            self.away, self.asked = True, 0
+
+        def size(self) -> int:
+            return 3
+
+        async def read(self, key: str, *, twice: bool = False) -> str:
+            self.asked += 1
+            if self.away:
+                raise TimeoutError
+            return key * (2 if twice else 1)
+
+    port, clock = Port(), SteppingClock()
+    breaker = Breaker("x", clock, POLICY)
+    one = guarded(port, breaker)
+    assert (one.name, one.size()) == ("port", 3)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await one.read("a")
+    with pytest.raises(DependencyUnavailableError):
+        await one.read("a")
+    assert (port.asked, breaker.state.phase) == (2, Phase.OPEN)
+    port.away = False
+    clock.step(1)
+    assert await one.read("a", twice=True) == "aa"
+    with pytest.raises(AttributeError):
+        one.nothing  # type: ignore[attr-defined]  # noqa: B018

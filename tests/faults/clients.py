@@ -244,7 +244,7 @@ async def _post(client: httpx.AsyncClient, path: str, body: bytes) -> tuple[int,
     try:
         answer = await client.post(path, content=body)
         return answer.status_code, orjson.loads(answer.content)
-    except (httpx.HTTPError, orjson.JSONDecodeError):
+    except Exception:  # noqa: BLE001 - a socket that is reset while it connects is an AttributeError of the event loop
         return 503, {}
 
 

@@ -41,14 +41,14 @@ OPERATIONS = st.lists(
             st.sampled_from(("approve", "reject", "claim", "release")),
             st.sampled_from(sorted(AMOUNTS)),
             st.sampled_from(sorted(PEOPLE)),
-            st.sampled_from((0, 0, 0, 0, -1, 1)),
+            st.sampled_from((0,) * 8 + (-1, 1)),
         ),
         st.tuples(st.just("open"), st.sampled_from(sorted(AMOUNTS)), st.sampled_from(sorted(PEOPLE)), st.just(0)),
         st.tuples(st.just("wait"), st.sampled_from((60.0, 1_000.0, 3_000.0))),
         st.tuples(st.just("expire")),
     ),
-    min_size=1,
-    max_size=16,
+    min_size=12,
+    max_size=40,
 )
 
 
@@ -153,7 +153,7 @@ async def outcome_of(work: Callable[[], Any]) -> type[RiskfleetError] | None:
     return None
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=OPERATIONS)
 async def test_any_order_of_commands_is_what_the_rules_say(
     engine: AsyncEngine, operations: list[tuple[Any, ...]]

@@ -18,9 +18,16 @@ from contracts.failures import InvalidModelStateError
 from contracts.outcomes import PolicyResult
 from contracts.ports import Artifact
 from contracts.state import Pin, SubjectHistory, Thresholds
+from contracts.velocity import EntityVelocity, Velocity
 from workers.judgement.checks import Subject, load_guardrail, run_checks
 from workers.judgement.models import load_model, score_event
-from workers.judgement.policies import POLICY_ERROR, evaluate_policy, load_policy
+from workers.judgement.policies import (
+    POLICY_ERROR,
+    VELOCITY_UNAVAILABLE,
+    check_policy,
+    evaluate_policy,
+    load_policy,
+)
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "governance" / "defaults"
 HISTORY = SubjectHistory()
@@ -163,6 +170,83 @@ def test_a_rule_that_cannot_be_evaluated_fails_closed(when: str) -> None:
 def test_a_rule_can_speak_of_an_attribute_that_may_be_absent(guarded: str) -> None:
     assert evaluate_policy(rules(guarded), event(), HISTORY, None).result is PolicyResult.PASS
     assert evaluate_policy(rules(guarded), event(attributes={"x": 2}), HISTORY, None).result is PolicyResult.DENY
+
+
+NOTHING_SEEN = EntityVelocity(windows=((0, 0, 0.0, None, 0, 0),) * 5, labels=((0, 0),) * 3)
+BUSY = EntityVelocity(windows=((3, 2, 30.0, 20.0, 1, 1), *((9, 4, 80.0, 50.0, 2, 2),) * 4), labels=((4, 1),) * 3)
+KNOWN = Velocity(epoch="e", sequence=7, complete=True, subject=BUSY)
+
+
+@pytest.mark.parametrize(
+    ("when", "fires"),
+    [
+        ("velocity.subject.count_10m >= 3.0", True),
+        ("velocity.subject.count_10m > 3.0", False),
+        ("event.type == 'x' && velocity.subject.count_10m >= 3.0", False),
+        ("velocity.subject.mean_10m == 15.0 && velocity.subject.max_1h == 50.0", True),
+        ("velocity.subject.fraud_rate_7d * 4.0 == 1.0", True),
+        ("velocity.subject.distinct_attribute_1d + velocity.subject.distinct_1d == 4.0", True),
+        ("has(velocity.counterparty) && velocity.counterparty.count_1d > 0.0", False),
+        ("'velocity' in event.attributes || event.attributes.velocity == 1.0", True),
+    ],
+)
+def test_rules_read_the_velocity_by_the_features_names(when: str, fires: bool) -> None:
+    said = evaluate_policy(rules(when), event(attributes={"velocity": 1}), HISTORY, None, KNOWN)
+    assert said.result is (PolicyResult.DENY if fires else PolicyResult.PASS)
+
+
+def test_what_an_entity_does_not_have_is_not_there() -> None:
+    quiet = KNOWN.model_copy(update={"subject": NOTHING_SEEN, "counterparty": BUSY})
+    guarded = rules(
+        "has(velocity.subject.mean_1h) && velocity.subject.mean_1h > 0.0", "velocity.counterparty.sum_1h > 1.0"
+    )
+    said = evaluate_policy(guarded, event(), HISTORY, None, quiet)
+    assert [rule.result for rule in said.rules] == [PolicyResult.DENY]
+    bare = evaluate_policy(rules("velocity.subject.mean_1h > 0.0"), event(), HISTORY, None, quiet)
+    assert [rule.code for rule in bare.rules] == [POLICY_ERROR]
+
+
+@pytest.mark.parametrize("lost", [None, KNOWN.model_copy(update={"complete": False})], ids=["none", "lost"])
+@pytest.mark.parametrize(
+    "when",
+    ["velocity.subject.count_1h > 100.0", "has(velocity.subject.mean_1h) && false", "has(velocity.counterparty)"],
+)
+def test_no_guard_lets_an_event_pass_whose_velocity_is_not_known(when: str, lost: Velocity | None) -> None:
+    said = evaluate_policy(rules(when, "event.type == 'nothing'"), event(), HISTORY, None, lost)
+    assert [(rule.result, rule.code) for rule in said.rules] == [(PolicyResult.FAIL, VELOCITY_UNAVAILABLE)]
+    # A rule that is false whatever the velocity is says nothing of it.
+    elsewhere = rules(f"event.type == 'nothing' && {when}")
+    assert evaluate_policy(elsewhere, event(), HISTORY, None, lost).result is PolicyResult.PASS
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "velocity.subject.count_2h > 1.0",
+        "velocity.account.count_1h > 1.0",
+        "velocity['subject'].count_1h > 1.0",
+        "velocity == velocity",
+        "[velocity].exists(v, v.subject.count_1h > 1.0)",
+    ],
+)
+def test_a_velocity_that_is_none_is_refused_with_the_policy(when: str) -> None:
+    with pytest.raises(InvalidModelStateError, match="velocity"):
+        load_policy(rules(when))
+
+
+def test_a_rules_own_tests_say_what_was_seen() -> None:
+    when = "velocity.subject.count_1h >= 5.0 && has(velocity.counterparty) && velocity.counterparty.sum_1d > 9.0"
+    busy = {"subject": {"count_1h": 5}, "counterparty": {"sum_1d": 10}}
+    rule = {"id": "r", "when": when, "result": "DENY", "code": "R", "text": "r"}
+
+    def policy(*tests: dict[str, Any]) -> Artifact:
+        return artifact("policy", {"type": "cel", "rules": [rule | {"tests": list(tests)}]})
+
+    check_policy(policy({"velocity": busy, "expect": "DENY"}, {"expect": "PASS"}))
+    with pytest.raises(InvalidModelStateError, match="rule r, test 1 expects PASS"):
+        check_policy(policy({"velocity": busy, "expect": "PASS"}))
+    with pytest.raises(InvalidModelStateError, match=r"subject\.count_2h"):
+        check_policy(policy({"velocity": {"subject": {"count_2h": 5}}, "expect": "PASS"}))
 
 
 @pytest.mark.parametrize("number", [100, 100.0])

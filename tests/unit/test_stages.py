@@ -343,6 +343,14 @@ async def test_an_artifact_that_cannot_be_read_asks_a_person(kind: str, pin: Pin
     assert state.decided.decision.degraded == (pin.name,)
 
 
+def test_a_rule_about_a_velocity_that_is_lost_degrades_the_decision() -> None:
+    rule = {"id": "fast", "when": "velocity.subject.count_1h > 5.0", "result": "DENY", "code": "FAST", "text": "fast"}
+    policy = Artifact("policy", Pin(name="p", version=1, digest="velocity"), {"type": "cel", "rules": [rule]})
+    step = scoring.decide(processing(), scoring.ScoringFacts(artifact(MODEL), policy), NOW, lambda: 0.0)
+    assert isinstance(step.section, Validated)
+    assert (step.section.policy.result, step.section.unavailable) == (PolicyResult.FAIL, ("velocity",))
+
+
 @pytest.mark.parametrize("content", [{}, {"type": "cel", "rules": [{"id": "x"}]}, {"type": "checks", "patterns": 3}])
 def test_an_artifact_of_the_wrong_content_fails_closed(content: dict[str, Any]) -> None:
     wrong = Artifact("any", Pin(name="w", version=1, digest=f"wrong-{sorted(content)}"), content)

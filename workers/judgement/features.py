@@ -125,6 +125,13 @@ def feature(path: str, event: Event, history: SubjectHistory, velocity: Velocity
     return _PATHS[path](event, history)
 
 
+def velocity_value(path: str, velocity: Velocity) -> float | None:
+    """The velocity feature at a path, None when the event has none. Raises KeyError for a path that is none."""
+    value = _VELOCITY[path](velocity)
+    assert not isinstance(value, str)  # velocity is counted, never read
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
     """The features that a model reads, in its order. Make one with `of`, which refuses unknown names."""

@@ -1,12 +1,14 @@
-"""Policies: CEL expressions over the event, its history and its score. A rule fires when it is true.
+"""Policies: CEL expressions over the event, its history, its velocity and its score. A rule fires when it is true.
 
 Variables: `event` {kind, type, subject {type}, amount? {value, currency}, attributes, risk_score?,
 text_length, regulatory_flags [{code, level}]}, `history` {events_1d, events_30d, amount_30d,
-new_subject}, `risk` {score?}. What is absent is not there: write `has(event.amount) && …` or
-`'x' in event.attributes && …`. Every number is a double, so that 100 and 100.0 mean the same: write
-arithmetic with double literals (`event.amount.value * 2.0`).
+new_subject}, `risk` {score?}, and `velocity` {subject, counterparty?} with the features of
+`workers.judgement.features`, a low line for each dot: `velocity.subject.count_1h`. What is absent is not there: write
+`has(event.amount) && …`, `'x' in event.attributes && …` or `has(velocity.counterparty) && …`. Every number is a double,
+so that 100 and 100.0 mean the same: write arithmetic with double literals (`event.amount.value * 2.0`).
 
-Promises: a rule that raises, or gives something that is not a bool, is FAIL with POLICY_ERROR. Work
+Promises: a rule that raises, or gives something that is not a bool, is FAIL with POLICY_ERROR; a rule about a velocity
+that is not known as a whole is FAIL with VELOCITY_UNAVAILABLE, however it is guarded. Work
 is bounded: length, nesting, number of rules, and one comprehension (`all`, `exists`, …) an expression. A rule may bring
 its own test cases, which `check_policy` runs before a version is submitted.
 
@@ -17,6 +19,7 @@ raise: then the rule is false by CEL's own rules. Tests that cannot be told here
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,28 +34,40 @@ from contracts.failures import DomainValidationError, InvalidModelStateError
 from contracts.outcomes import POLICY_PRECEDENCE, PolicyResult, PolicyVerdict, RuleVerdict
 from contracts.ports import Artifact
 from contracts.state import SubjectHistory
+from contracts.velocity import SIDES, Velocity
 from workers.judgement.content import CACHED_VERSIONS, Content, ContentKey, key_of, read
+from workers.judgement.features import VELOCITY_FEATURES, velocity_value
 from workers.judgement.models import Code, Text
 
 POLICY_ERROR = "POLICY_ERROR"
+VELOCITY_UNAVAILABLE = "VELOCITY_UNAVAILABLE"
 MAX_EXPRESSION = 2_000
 MAX_NESTING = 24
 
-_PATH = r"(?:event|history|risk)(?:\.[A-Za-z_][A-Za-z0-9_]*){1,3}"
+_PATH = r"(?:event|history|risk|velocity)(?:\.[A-Za-z_][A-Za-z0-9_]*){1,3}"
 _ATOMS: Any = re2.compile(
     r"(?:has\(((?:event|history|risk|event\.attributes)\.[A-Za-z_][A-Za-z0-9_]*)\)"
     r"|'([A-Za-z0-9_]+)' in event\.attributes"
     rf"|({_PATH}) (==|!=|<|<=|>|>=) (?:'([^'\\]*)'|(-?[0-9]+\.[0-9]+)))"
 )
 _COMPREHENSION: Any = re2.compile(r"\b(?:all|exists|exists_one|map|filter)\b")
+_VELOCITY = {name.replace(".", "_").replace("_", ".", 1): name for name in VELOCITY_FEATURES}
+"""What a rule writes after `velocity.`, and the feature that it is."""
+_MAY_BE_ABSENT = ("", "mean", "max", "fraud_rate")
+_SPOKEN_OF = re.compile(r"(?<![\w.'])velocity\b((?:\.\w+)*)")
 _PREFIXES: Any = re2.compile(r"[!-](?:\s*[!-]){7}")
 
 
 class RuleTest(Content):
-    """What a rule says of one event; what `event` leaves out is a plain event's, and `expect` is this rule's alone."""
+    """What a rule says of one event; what `event` leaves out is a plain event's, and `expect` is this rule's alone.
+
+    `velocity`: numbers by entity and name (`{"subject": {"count_1h": 7}}`). A subject's count, sum or distinct that is
+    left out is 0, a mean, maximum or rate is not there, and neither is a counterparty.
+    """
 
     event: dict[str, Any] = Field(default_factory=dict)
     history: SubjectHistory = SubjectHistory()
+    velocity: dict[Literal["subject", "counterparty"], dict[str, float]] = Field(default_factory=dict)
     score: Annotated[float, Field(ge=0, le=100)] | None = None
     expect: Literal["PASS", "FAIL", "DENY"]
 
@@ -77,11 +92,12 @@ class PolicySet(Content):
 
 @dataclass(frozen=True, slots=True)
 class CompiledRule:
-    """A rule, its CEL program, and the plain tests that it begins with."""
+    """A rule, its CEL program, the plain tests it begins with, and the velocities (`subject.count_1h`) it names."""
 
     rule: Rule
     program: Any
     atoms: tuple[Atom, ...] = ()
+    velocities: tuple[str, ...] = ()
 
 
 def load_policy(artifact: Artifact) -> tuple[CompiledRule, ...]:
@@ -94,7 +110,27 @@ def _load(key: ContentKey) -> tuple[CompiledRule, ...]:
     rules = read(PolicySet, key).rules
     if len({rule.id for rule in rules}) != len(rules):
         raise InvalidModelStateError(f"{key.name} has two rules of one id")
-    return tuple(CompiledRule(rule, _compile(rule, key.name), atoms_of(rule.when)) for rule in rules)
+    return tuple(
+        CompiledRule(rule, _compile(rule, key.name), atoms_of(rule.when), _velocities(rule, key.name)) for rule in rules
+    )
+
+
+@lru_cache(maxsize=CACHED_VERSIONS)
+def _named(key: ContentKey) -> tuple[str, ...]:
+    """Every velocity that some rule names."""
+    return tuple(dict.fromkeys(name for each in _load(key) for name in each.velocities))
+
+
+def _velocities(rule: Rule, name: str) -> tuple[str, ...]:
+    """The velocities that a rule names. Raises InvalidModelStateError for one that is none, or a way around names."""
+    found = []
+    for path in _SPOKEN_OF.findall(rule.when):
+        if path[1:] not in _VELOCITY and path[1:] not in SIDES:
+            raise InvalidModelStateError(
+                f"{name}: rule {rule.id} speaks of velocity{path[:64]}; write velocity.subject.count_1h and the like"
+            )
+        found.append(path[1:])
+    return tuple(found)
 
 
 def _compile(rule: Rule, name: str) -> Any:
@@ -132,11 +168,30 @@ def check_policy(artifact: Artifact) -> None:
             except DomainValidationError as error:
                 place = error.pointers[0] if error.pointers else ("", error.detail)
                 raise InvalidModelStateError(f"{where}: its event is none at {place[0]}: {place[1]}") from None
-            verdict = _verdict(each, cel.Context(variables(event, test.history, test.score)))
+            seen = variables(event, test.history, test.score) | {"velocity": _tested(test, each.velocities, where)}
+            verdict = _verdict(each, cel.Context(seen))
             said = "PASS" if verdict is None else verdict.result.value
             if said != test.expect or (verdict is not None and verdict.code == POLICY_ERROR):
                 why = " (it raises)" if verdict is not None and verdict.code == POLICY_ERROR else ""
                 raise InvalidModelStateError(f"{where} expects {test.expect}, and the rule says {said}{why}")
+
+
+def _tested(test: RuleTest, named: Sequence[str], where: str) -> dict[str, dict[str, float]]:
+    """The velocity of a test case."""
+    given = {f"{side}.{name}": float(value) for side, part in test.velocity.items() for name, value in part.items()}
+    unknown = [name for name in given if name not in _VELOCITY]
+    if unknown:
+        raise InvalidModelStateError(f"{where}: its velocity {unknown[0][:64]} is none")
+    nothing = {name: 0.0 for name in named if name.startswith("subject.") and _kind(name) not in _MAY_BE_ABSENT}
+    seen: dict[str, dict[str, float]] = {side: {} for side in ("subject", *test.velocity)}
+    for path, value in (nothing | given).items():
+        side, _, name = path.partition(".")
+        seen[side][name] = value
+    return seen
+
+
+def _kind(name: str) -> str:
+    return _VELOCITY[name].split(".")[1] if name in _VELOCITY else ""
 
 
 _PLAIN_EVENT: dict[str, Any] = {
@@ -261,15 +316,20 @@ def _flat(seen: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
 
 
-def evaluate_policy(artifact: Artifact, event: Event, history: SubjectHistory, score: float | None) -> PolicyVerdict:
+def evaluate_policy(
+    artifact: Artifact, event: Event, history: SubjectHistory, score: float | None, velocity: Velocity | None = None
+) -> PolicyVerdict:
     """The most severe result and every rule that fired. Raises InvalidModelStateError for unreadable content."""
     import cel  # late, as above
 
     key = key_of(artifact)
     rules, seen = _load(key), variables(event, history, score)
+    if (named := _named(key)) and velocity is not None and velocity.complete:
+        seen["velocity"] = _velocity(velocity, named)
     places = sorted(_to_run(_index(key), dict(_flat(seen))))
     context = cel.Context(seen) if places else None  # making one is most of what a quiet policy would cost
-    fired = tuple(verdict for place in places if (verdict := _verdict(rules[place], context)) is not None)
+    whole = "velocity" in seen
+    fired = tuple(verdict for place in places if (verdict := _verdict(rules[place], context, whole=whole)) is not None)
     result = max((PolicyResult.PASS, *(verdict.result for verdict in fired)), key=POLICY_PRECEDENCE.index)
     return PolicyVerdict(result=result, rules=fired)
 
@@ -280,8 +340,11 @@ def _said(rule: Rule, answer: Any) -> RuleVerdict:
     return RuleVerdict(rule=rule.id, result=PolicyResult.FAIL, code=POLICY_ERROR)
 
 
-def _verdict(compiled: CompiledRule, context: Any) -> RuleVerdict | None:
+def _verdict(compiled: CompiledRule, context: Any, *, whole: bool = True) -> RuleVerdict | None:
+    """What a rule says, None when it does not fire. `whole`: the velocity is known."""
     rule = compiled.rule
+    if compiled.velocities and not whole:
+        return RuleVerdict(rule=rule.id, result=PolicyResult.FAIL, code=VELOCITY_UNAVAILABLE)
     try:
         fires = compiled.program.execute(context)
     except BaseException as error:  # noqa: BLE001 - `_only_cel` lets interrupts through
@@ -311,6 +374,19 @@ def variables(event: Event, history: SubjectHistory, score: float | None) -> dic
         "new_subject": history.first_seen_at is None,
     }
     return {"event": seen, "history": known, "risk": {} if score is None else {"score": float(score)}}
+
+
+def _velocity(velocity: Velocity, named: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The velocities that are named, by entity; what an event does not have is left out."""
+    seen: dict[str, dict[str, float]] = {"subject": {}}
+    if velocity.counterparty is not None:
+        seen["counterparty"] = {}
+    for path in named:
+        side, _, name = path.partition(".")
+        value = velocity_value(_VELOCITY[path], velocity) if name else None
+        if value is not None:
+            seen[side][name] = float(value)
+    return seen
 
 
 def _plain(value: str | bool | float | None) -> str | bool | float | None:

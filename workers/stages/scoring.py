@@ -19,7 +19,7 @@ from contracts.state import EventState, Validated
 from workers.judgement import UNREADABLE
 from workers.judgement.features import HistoryLostError
 from workers.judgement.models import Scored, score_event
-from workers.judgement.policies import POLICY_ERROR, evaluate_policy
+from workers.judgement.policies import POLICY_ERROR, VELOCITY_UNAVAILABLE, evaluate_policy
 from workers.stages.step import StagePorts, Step, Stopwatch, artifacts, content_for, created
 
 
@@ -42,13 +42,13 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
     """Score and policy verdict. The score is 0–100, None when no model could give one."""
     scored, missing = _score(state, facts.model)
     score = None if scored is None else scored.score
-    policy, readable = _policy(state, facts.policy, score)
+    policy, lacking = _policy(state, facts.policy, score)
     section = Validated(
         at=now,
         policy=policy,
         score=score,
         reasons=() if scored is None else scored.reasons,
-        unavailable=tuple(name for name in (missing, "" if readable else "policy") if name),
+        unavailable=tuple(dict.fromkeys(name for name in (missing, lacking) if name)),
     )
     detail: dict[str, str | int] = {
         "policy": policy.result.value,
@@ -73,11 +73,14 @@ def _score(state: EventState, model: Artifact | None) -> tuple[Scored | None, st
     return scored, "reasons" if scored.uncovered else ""
 
 
-def _policy(state: EventState, policy: Artifact | None, score: float | None) -> tuple[PolicyVerdict, bool]:
+def _policy(state: EventState, policy: Artifact | None, score: float | None) -> tuple[PolicyVerdict, str]:
+    """The verdict, and the name of what was missing for it."""
     if policy is None:
-        return PolicyVerdict(result=PolicyResult.FAIL), False
+        return PolicyVerdict(result=PolicyResult.FAIL), "policy"
+    known = created(state)
     try:
-        return evaluate_policy(policy, state.event, created(state).history, score), True
+        verdict = evaluate_policy(policy, state.event, known.history, score, known.velocity)
     except UNREADABLE:
         rule = RuleVerdict(rule="policy", result=PolicyResult.FAIL, code=POLICY_ERROR)
-        return PolicyVerdict(result=PolicyResult.FAIL, rules=(rule,)), False
+        return PolicyVerdict(result=PolicyResult.FAIL, rules=(rule,)), "policy"
+    return verdict, "velocity" if any(rule.code == VELOCITY_UNAVAILABLE for rule in verdict.rules) else ""

@@ -73,7 +73,10 @@ class PolicyVerdict(BaseModel):
 
 
 class Check(BaseModel):
-    """One guardrail check; `latency_ms` is wall time in milliseconds."""
+    """One guardrail check; `latency_ms` is wall time in milliseconds.
+
+    `hit`: what it found, where a person needs more than the code: an entry of a list, and how similar it is.
+    """
 
     model_config = _FROZEN
     check: str
@@ -81,6 +84,7 @@ class Check(BaseModel):
     verdict: Literal["pass", "fail", "timeout", "error"]
     latency_ms: float
     code: str | None = None
+    hit: str | None = Field(default=None, exclude_if=lambda found: found is None)
 
 
 class Supersedes(BaseModel):

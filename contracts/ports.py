@@ -430,7 +430,8 @@ class Ledger(Protocol):
 class ActiveSet:
     """What decides for one tenant now: an approved, active, unexpired version of each kind, or None.
 
-    `halted`: a person stopped automatic decisions for the tenant, for its model, or everywhere.
+    `halted`: a person stopped automatic decisions for the tenant, for its model, or everywhere. A tenant need not
+    screen names: `lists_lost` says that it wants to, and that the version that it wants may not be used.
     """
 
     model: Pin | None
@@ -438,6 +439,8 @@ class ActiveSet:
     guardrail: Pin | None
     thresholds: Thresholds
     halted: bool = False
+    lists: Pin | None = None
+    lists_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

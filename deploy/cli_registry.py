@@ -19,14 +19,14 @@ from deploy.operator import OperatorClient, client_from_environment, load_sessio
 from deploy.printing import console, print_fields, print_json, print_table
 from deploy.settings import SettingsError
 
-registry_app = typer.Typer(no_args_is_help=True, help="What decides: models, prompts, policies, guardrails.")
+registry_app = typer.Typer(no_args_is_help=True, help="What decides: models, prompts, policies, guardrails, lists.")
 halt_app = typer.Typer(no_args_is_help=True, help="Stop automatic decisions, and let them go on.")
 registry_app.add_typer(halt_app, name="halt")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant; default: the one of the login.")]
 Shared = Annotated[bool, typer.Option("--shared", help="What every tenant uses.")]
-Kind = Annotated[str, typer.Argument(help="model, prompt, policy or guardrail.")]
+Kind = Annotated[str, typer.Argument(help="model, prompt, policy, guardrail or lists.")]
 Name = Annotated[str, typer.Argument(help="Its name.")]
 Number = Annotated[int, typer.Argument(min=1, help="Its number.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept for ever.")]
@@ -126,6 +126,38 @@ def register(
     with _client() as client:
         path = f"{_root(tenant, shared)}/registry"
         _done(client.post(path, draft | ({"reason": reason} if reason else {})), as_json)
+
+
+@registry_app.command("names")
+def read_sanctions(
+    names: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The list, in the layout of sdn.csv.")],
+    name: Annotated[str, typer.Option(help="The name of the version.")],
+    source: Annotated[str, typer.Option(help="Where the list is from, and as of when; kept with it.")],
+    owner: Annotated[str, typer.Option(help="Who answers for it.")],
+    aliases: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Its aliases, in the layout of alt.csv.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file for 'register'.")] = Path("lists.json"),
+) -> None:
+    """Make a version of kind lists from a publisher's files, ready to be registered."""
+    from workers.judgement.screening import content_of, index_names, read_names
+
+    listed = read_names(names, aliases)
+    index_names(listed)
+    draft = {
+        "kind": "lists",
+        "name": name,
+        "content": content_of(listed, source),
+        "owner": owner,
+        "purpose": "names that a person looks at before a decision about them",
+        "use_tag": "aml",
+        "limitations": "Does not transliterate, and does not know which alias is weak.",
+        "reason": f"names from {source}",
+    }
+    out.write_bytes(orjson.dumps(draft))
+    entries = len({each.number for each in listed})
+    console.print(f"{len(listed):,} names of {entries:,} entries: {out}")
+    console.print(f"next: riskfleet registry register {out}")
 
 
 def _move(action: str, about: str) -> None:

@@ -37,6 +37,7 @@ from resilience.relay import OutboxRelay
 from workers.judgement.checks import load_guardrail
 from workers.judgement.models import coverage, load_model
 from workers.judgement.policies import check_policy
+from workers.judgement.screening import load_names
 from workers.simulation import StageSimulator
 from workers.stages import StagePorts
 
@@ -51,6 +52,7 @@ def validators() -> Mapping[str, Validator]:
         "model": loads_as("model", load_model, coverage),
         "policy": loads_as("policy", check_policy),
         "guardrail": loads_as("guardrail", load_guardrail),
+        "lists": loads_as("lists", load_names),
     }
 
 

@@ -30,14 +30,14 @@ SHARED: Final = EVERYWHERE
 ANY_MODEL: Final = "*"
 """The model of a halt that holds whatever the model."""
 
-MAX_CONTENT_BYTES: Final = 1_048_576
-"""Of canonical content: some 500 trees of 31 leaves."""
+MAX_CONTENT_BYTES: Final = 4_194_304
+"""Of canonical content: some 2,000 trees of 31 leaves, or 60,000 names."""
 
 RELEASE_AUTHOR, RELEASE_APPROVER = "riskfleet", "riskfleet-release"
 
-Kind = Literal["model", "prompt", "policy", "guardrail"]
+Kind = Literal["model", "prompt", "policy", "guardrail", "lists"]
 UseTag = Literal["fraud", "aml", "credit"]
-KINDS: Final[tuple[Kind, ...]] = ("model", "prompt", "policy", "guardrail")
+KINDS: Final[tuple[Kind, ...]] = ("model", "prompt", "policy", "guardrail", "lists")
 
 Finding = tuple[str, str]
 Validator = Callable[[Mapping[str, Any]], Sequence[Finding]]

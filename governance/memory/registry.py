@@ -198,25 +198,31 @@ def _tenant(scope: TenantScope | None) -> str:
 
 
 def _active_set(tx: Transaction, scope: TenantScope, places: Sequence[str], now: datetime) -> ActiveSet:
-    model = _pick(tx, "model", scope, places, now)
+    model, _ = _pick(tx, "model", scope, places, now)
+    lists, wanted = _pick(tx, "lists", scope, places, now)
     tenant = tx.get(TENANTS, scope.tenant_id)
     return ActiveSet(
         model=model,
-        policy=_pick(tx, "policy", scope, places, now),
-        guardrail=_pick(tx, "guardrail", scope, places, now),
+        policy=_pick(tx, "policy", scope, places, now)[0],
+        guardrail=_pick(tx, "guardrail", scope, places, now)[0],
+        lists=lists,
+        lists_lost=wanted and lists is None,
         thresholds=tenant.thresholds if tenant else Thresholds(),
         halted=_halted(tx, scope, model),
     )
 
 
-def _pick(tx: Transaction, kind: str, scope: TenantScope, places: Sequence[str], now: datetime) -> Pin | None:
+def _pick(
+    tx: Transaction, kind: str, scope: TenantScope, places: Sequence[str], now: datetime
+) -> tuple[Pin | None, bool]:
+    """What is chosen, None when it may not be used, and whether anything is chosen at all."""
     for tenant in (scope.tenant_id, SHARED):
         for place in places:
             active = tx.get(ACTIVE, kind, tenant, place)
             if active is not None:
                 version = tx.get(VERSIONS, kind, tenant, active.name, active.version)
-                return version.pin if version is not None and _usable(version, now) else None
-    return None
+                return (version.pin if version is not None and _usable(version, now) else None), True
+    return None, False
 
 
 def _usable(version: StoredVersion, now: datetime) -> bool:

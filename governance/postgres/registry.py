@@ -86,19 +86,23 @@ class _TenantView:
     thresholds: Thresholds
     halts: frozenset[str]
 
-    def pick(self, artifact: str, kind: str, event_type: str) -> Pin | None:
+    def pick(self, artifact: str, kind: str, event_type: str) -> tuple[Pin | None, bool]:
+        """What is chosen, None when it may not be used, and whether anything is chosen at all."""
         for rows in (self.own, self.shared):
             for scope_key in (f"{kind}:{event_type}", kind):
                 if (artifact, scope_key) in rows:
-                    return rows[artifact, scope_key]
-        return None
+                    return rows[artifact, scope_key], True
+        return None, False
 
     def active_set(self, kind: str, event_type: str) -> ActiveSet:
-        model = self.pick("model", kind, event_type)
+        model, _ = self.pick("model", kind, event_type)
+        lists, wanted = self.pick("lists", kind, event_type)
         return ActiveSet(
             model=model,
-            policy=self.pick("policy", kind, event_type),
-            guardrail=self.pick("guardrail", kind, event_type),
+            policy=self.pick("policy", kind, event_type)[0],
+            guardrail=self.pick("guardrail", kind, event_type)[0],
+            lists=lists,
+            lists_lost=wanted and lists is None,
             thresholds=self.thresholds,
             halted=ANY_MODEL in self.halts or (model is not None and model.name in self.halts),
         )

@@ -181,8 +181,9 @@ class Bench(ABC):
         status: VersionStatus = VersionStatus.APPROVED,
         valid_until: datetime | None = None,
         at: str | None = None,
+        kind: str = "model",
     ) -> Pin:
-        """Add a model of this owner in this status; `at`: the place where it decides, whatever its status."""
+        """Add a version of this owner in this status; `at`: the place where it decides, whatever its status."""
 
     @abstractmethod
     async def set_status(self, scope: TenantScope, pin: Pin, status: VersionStatus) -> None:
@@ -291,10 +292,11 @@ class MemoryBench(Bench):
         status: VersionStatus = VersionStatus.APPROVED,
         valid_until: datetime | None = None,
         at: str | None = None,
+        kind: str = "model",
     ) -> Pin:
-        pin = self.memory_registry.register("model", name, content, scope=scope, status=status, valid_until=valid_until)
+        pin = self.memory_registry.register(kind, name, content, scope=scope, status=status, valid_until=valid_until)
         if at is not None:
-            self.memory_registry.activate("model", pin, at, scope)
+            self.memory_registry.activate(kind, pin, at, scope)
         return pin
 
     async def set_status(self, scope: TenantScope, pin: Pin, status: VersionStatus) -> None:
@@ -462,11 +464,12 @@ class PostgresBench(Bench):
         status: VersionStatus = VersionStatus.APPROVED,
         valid_until: datetime | None = None,
         at: str | None = None,
+        kind: str = "model",
     ) -> Pin:
         digest, tenant = hashlib.sha256(content).hexdigest(), scope.tenant_id if scope else SHARED
         approved_at = datetime(2026, 1, 31, tzinfo=UTC)
-        statement = Statement("model", tenant, name, 1, digest, "ann", "bob", approved_at, valid_until)
-        values: dict[str, Any] = {"tenant": tenant, "name": name, "digest": digest, "content": content}
+        statement = Statement(kind, tenant, name, 1, digest, "ann", "bob", approved_at, valid_until)
+        values: dict[str, Any] = {"tenant": tenant, "kind": kind, "name": name, "digest": digest, "content": content}
         values |= {"status": status.value, "until": valid_until, "approved_at": approved_at}
         values |= {"signature": SIGNER.sign(statement), "key_id": SIGNER.key_id}
         # Only the owner adds what is no draft, and lets something decide that may not; triggers are back at the end.
@@ -476,7 +479,7 @@ class PostgresBench(Bench):
                 text(
                     "INSERT INTO registry_versions (tenant, kind, name, version, digest, content, status, author,"
                     " approver, reason, approved_at, valid_until, signature, key_id)"
-                    " VALUES (:tenant, 'model', :name, 1, :digest, :content, :status, 'ann', 'bob', 'test',"
+                    " VALUES (:tenant, :kind, :name, 1, :digest, :content, :status, 'ann', 'bob', 'test',"
                     " :approved_at, :until, :signature, :key_id)"
                 ),
                 values,
@@ -485,9 +488,9 @@ class PostgresBench(Bench):
                 await connection.execute(
                     text(
                         "INSERT INTO registry_active (tenant, kind, scope_key, name, version)"
-                        " VALUES (:tenant, 'model', :at, :name, 1)"
+                        " VALUES (:tenant, :kind, :at, :name, 1)"
                     ),
-                    {"tenant": tenant, "name": name, "at": at},
+                    {"tenant": tenant, "kind": kind, "name": name, "at": at},
                 )
             await connection.execute(text("ALTER TABLE registry_active ENABLE ALWAYS TRIGGER gate"))
         return Pin(name=name, version=1, digest=digest)

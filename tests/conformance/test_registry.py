@@ -105,6 +105,20 @@ async def test_a_version_whose_validation_has_expired_decides_nothing_more_and_c
     assert list(await database.registry.revoked([pin])) == [False]
 
 
+async def test_a_tenant_need_not_screen_and_is_told_when_it_wants_to_and_cannot(
+    database: Bench, scope: TenantScope
+) -> None:
+    found = await active(database, scope)
+    assert (found.lists, found.lists_lost) == (None, False)
+    pin = await database.register(scope, "sdn", content(), at="risk", kind="lists")
+    found = await active(database, scope)
+    assert (found.lists, found.lists_lost) == (pin, False)
+    other = fresh_scope()
+    await database.register(other, "sdn", content(), valid_until=LONG_AGO, at="risk", kind="lists")
+    found = await active(database, other)
+    assert (found.lists, found.lists_lost) == (None, True)
+
+
 async def test_a_revocation_is_seen_within_two_seconds(database: Bench, scope: TenantScope) -> None:
     pin = await database.register(scope, "own", content(), at="risk")
     assert (await active(database, scope)).model == pin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from contracts.events import Event, parse_event
 from contracts.failures import InvalidModelStateError
+from contracts.outcomes import Check
 from contracts.ports import Artifact
 from contracts.state import Pin, SubjectHistory, Thresholds
 from tests.evaluation.judgement import SHARED, figures
@@ -20,7 +22,15 @@ from workers.judgement.checks import Subject, load_guardrail, run_checks
 from workers.judgement.injection import look_for_injection
 from workers.judgement.personal import find_personal
 from workers.judgement.policies import check_policy, evaluate_policy, load_policy
-from workers.judgement.screening import Listed, index_names, read_names, screen
+from workers.judgement.screening import (
+    Listed,
+    SanctionsList,
+    content_of,
+    index_names,
+    load_names,
+    read_names,
+    screen,
+)
 
 NOW = "2026-01-31T12:00:00Z"
 _DIGESTS = itertools.count()
@@ -101,6 +111,44 @@ def test_missing_evidence_and_an_old_model_fail_and_an_unknown_age_is_an_error()
     assert found["model_age"] == ("fail", "MODEL_TOO_OLD")
     assert found["model_validity"] == ("fail", "MODEL_EXPIRED")
     assert codes(wanted, event())["model_age"][0] == "error"
+
+
+SDN = [Listed("1", "BANCO NACIONAL DE CUBA", alias=False), Listed("1", "NATIONAL BANK OF CUBA", alias=True)]
+SDN_PIN = Pin(name="sdn", version=3, digest="5" * 64)
+
+
+def screened(about: Event, names: SanctionsList | None) -> Check:
+    """The check of the parties' names, which comes first and needs no guardrail."""
+    first, *others = run_checks(None, Subject(about, 10, Thresholds(), lists=SDN_PIN, names=names), lambda: 0.0)
+    assert "screening" not in [check.check for check in others]
+    assert (first.check, first.version) == ("screening", "sdn@3")
+    return first
+
+
+def test_a_listed_name_of_either_party_asks_a_person_and_says_which_entry() -> None:
+    names = load_names(Artifact("lists", SDN_PIN, content_of(SDN, "test")))
+    written = {"type": "company", "id": "c", "name": "Banco Nacoinal de Cuba"}
+    clean = {"type": "company", "id": "c", "name": "Maria Nacional"}
+    assert (screened(event(subject=clean), names).verdict, screened(event(subject=clean), names).hit) == ("pass", None)
+    assert screened(event(), names).verdict == "pass"
+    for parties in ({"subject": written}, {"subject": clean, "counterparty": written}):
+        found = screened(event(**parties), names)
+        assert (found.verdict, found.code) == ("fail", "NAME_LISTED")
+        assert found.hit is not None
+        assert re.fullmatch(r"entry 1, similarity 0\.9\d", found.hit)
+    assert screened(event(subject=clean), None).verdict == "error"
+    assert screened(event(subject=clean | {"name": "x" * 300}), names).verdict == "error"
+
+
+def test_no_name_is_screened_where_no_list_was_pinned() -> None:
+    assert "screening" not in codes({}, event())
+    assert "hit" not in Check(check="c", version="v", verdict="pass", latency_ms=0).model_dump()
+
+
+@pytest.mark.parametrize("content", [{}, {"type": "names", "source": "s", "entries": []}, {"type": "checks"}])
+def test_content_that_is_no_list_of_names_is_refused(content: dict[str, Any]) -> None:
+    with pytest.raises(InvalidModelStateError):
+        load_names(Artifact("lists", Pin(name="l", version=1, digest=str(content)), content))
 
 
 def test_a_spent_budget_times_the_rest_out_and_the_version_says_what_then() -> None:

@@ -36,6 +36,7 @@ from governance.registry import (
     permission_for,
     release_artifacts,
 )
+from workers.judgement.screening import load_names
 
 S = VersionStatus
 
@@ -255,6 +256,21 @@ def test_approving_names_the_digest_that_was_read(asked: list[tuple[str, str, An
     run(*words, "--digest", "d" * 12)
     path = "/ops/v1/tenants/acme/registry/model/own/2/approve"
     assert asked[-1] == ("POST", path, {"digest": "d" * 64, "reason": "sound"})
+
+
+def test_a_publishers_files_become_a_version_that_can_be_registered(tmp_path: Path) -> None:
+    names, aliases, out = tmp_path / "sdn.csv", tmp_path / "alt.csv", tmp_path / "lists.json"
+    names.write_text('36,"AEROCARIBBEAN AIRLINES",-0-,"CUBA"\n173,"ANGLO-CARIBBEAN CO.",-0-,"CUBA"\n\x1a\n')
+    aliases.write_text('36,12,"aka","AERO-CARIBBEAN",-0-\n')
+    words = ("--name", "sdn", "--source", "a test", "--owner", "compliance", "--out", str(out))
+    said = run("names", str(names), "--aliases", str(aliases), *words)
+    assert "3 names of 2 entries" in said
+    draft = Draft.model_validate_json(out.read_bytes())
+    assert draft.kind == "lists"
+    assert not loads_as("lists", load_names)(draft.content)
+    names.write_text("not,a list\n")
+    with pytest.raises(InvalidModelStateError, match=r"sdn\.csv line 1"):
+        run("names", str(names), *words)
 
 
 def test_versions_are_activated_together(asked: list[tuple[str, str, Any]]) -> None:

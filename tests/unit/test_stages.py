@@ -364,6 +364,36 @@ def test_an_artifact_of_the_wrong_content_fails_closed(content: dict[str, Any]) 
     assert checked.unavailable == ("guardrail",)
 
 
+LISTS = Pin(name="sdn", version=1, digest="l" * 64)
+CONTENT[LISTS.digest] = {"type": "names", "source": "test", "entries": [["7", "JOHN LISTED", False]]}
+
+
+async def test_a_listed_name_is_pinned_found_and_asks_a_person() -> None:
+    one = OneTenant(active=ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds(), lists=LISTS))
+    listed = await run(new_state(subject={"type": "person", "id": "p-1", "name": "Listed, John"}), one)
+    assert listed.created is not None
+    assert listed.decided is not None
+    decision = listed.decided.decision
+    assert (listed.created.pins.lists, decision.versions["lists"]) == (LISTS, LISTS.model_dump())
+    assert decision.outcome is REVIEW
+    (check,) = [check for check in decision.guardrails if check.check == "screening"]
+    assert (check.verdict, check.hit) == ("fail", "entry 7, similarity 1.00")
+    other = await run(new_state(subject={"type": "person", "id": "p-1", "name": "Mary Other"}), one)
+    assert other.status is Status.APPROVED
+
+
+@pytest.mark.parametrize("lost", ["unusable", "unreadable"])
+async def test_lists_that_cannot_be_had_let_nobody_pass(lost: str) -> None:
+    limits = Thresholds()
+    chosen = {
+        "unusable": ActiveSet(MODEL, POLICY, GUARDRAIL, limits, lists_lost=True),
+        "unreadable": ActiveSet(MODEL, POLICY, GUARDRAIL, limits, lists=LISTS),
+    }
+    state = await run(new_state(), OneTenant(active=chosen[lost], broken=LISTS.digest))
+    assert state.decided is not None
+    assert (state.decided.decision.outcome, state.decided.decision.degraded) == (REVIEW, ("lists",))
+
+
 async def test_nothing_active_is_named_and_asks_a_person() -> None:
     state = await run(new_state(), OneTenant(active=ActiveSet(None, None, None, Thresholds())))
     assert state.created is not None

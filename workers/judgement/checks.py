@@ -1,4 +1,5 @@
-"""Guardrail checks: limits, blocked patterns (RE2), personal identifiers, injection, lists, evidence, model validity.
+"""Guardrail checks: limits, blocked patterns (RE2), personal identifiers, injection, lists, listed names, evidence,
+model validity.
 
 Promises: a check that cannot be made has the verdict `error`, never `pass`; once the budget of a version is spent, the
 checks that are left are not made and have the verdict `timeout`, and so has one that spent it alone. When anything was
@@ -23,7 +24,7 @@ from contracts.events import Amount, Event
 from contracts.failures import InvalidModelStateError
 from contracts.outcomes import Check
 from contracts.ports import Artifact
-from contracts.state import SubjectHistory, Thresholds
+from contracts.state import Pin, SubjectHistory, Thresholds
 from contracts.velocity import Velocity
 from workers.judgement.content import CACHED_VERSIONS, Content, ContentKey, key_of, read
 from workers.judgement.features import feature, is_feature
@@ -31,6 +32,7 @@ from workers.judgement.injection import DEFAULT_LIMIT, look_for_injection
 from workers.judgement.lists import LISTED, ListEntry, ListIndex, Which, index, listed
 from workers.judgement.models import Code
 from workers.judgement.personal import PERSONAL_KINDS, PHONE_REGIONS, PersonalKind, find_personal, prepare
+from workers.judgement.screening import SanctionsList, screen
 
 HIGH_RISK = "HIGH_RISK"
 SCORE_LIMIT = "SCORE_LIMIT"
@@ -42,6 +44,7 @@ PROMPT_INJECTION = "PROMPT_INJECTION"
 EVIDENCE_MISSING = "EVIDENCE_MISSING"
 MODEL_TOO_OLD = "MODEL_TOO_OLD"
 MODEL_EXPIRED = "MODEL_EXPIRED"
+NAME_LISTED = "NAME_LISTED"
 DEGRADED_ESCALATE, DEGRADED_REJECT = "DEGRADED_ESCALATE", "DEGRADED_REJECT"
 REJECTING = frozenset({DEGRADED_REJECT, LISTED["deny"]})
 """Codes of failed checks that reject; every other one asks a person."""
@@ -120,6 +123,7 @@ class Subject:
     """What is checked: the event, its score and its tenant's limits.
 
     `now` is the event's clock (`Pins.now`), `model` the artifact that scored it, `unavailable` what was not to be had.
+    `lists`: the pinned lists of names, and `names` what is in them, None when that cannot be had.
     """
 
     event: Event
@@ -130,6 +134,16 @@ class Subject:
     velocity: Velocity | None = None
     model: Artifact | None = None
     unavailable: tuple[str, ...] = ()
+    lists: Pin | None = None
+    names: SanctionsList | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Why a check failed: its code, and what it found."""
+
+    code: str
+    hit: str
 
 
 def load_guardrail(artifact: Artifact) -> Guardrail:
@@ -181,11 +195,15 @@ def _degraded(guardrail: Guardrail | None, subject: Subject, checks: list[Check]
     yield Check(check="degraded_mode", version=guardrail.version, verdict="fail", latency_ms=0.0, code=code)
 
 
-Planned = tuple[str, str, Callable[[], str | None]]
+Test = Callable[[], "str | _Found | None"]
+Planned = tuple[str, str, Test]
 
 
 def _plan(guardrail: Guardrail | None, subject: Subject) -> Iterator[Planned]:
     """(check, version, test) of each check; a test gives the code of a failure, or None."""
+    if subject.lists is not None:
+        # First: what a version's budget leaves out may be anything but this.
+        yield "screening", f"{subject.lists.name}@{subject.lists.version}", lambda: _screened(subject)
     limits = subject.thresholds
     own = f"thresholds@{limits.version}"
     yield "score_limit", own, lambda: _score_limit(subject.score, limits.hard_limit)
@@ -220,6 +238,18 @@ def _more(guardrail: Guardrail, subject: Subject) -> Iterator[Planned]:
         yield "model_age", version, lambda: _model_age(subject, days)
     if subject.model is not None and subject.model.valid_until is not None:
         yield "model_validity", version, lambda: _model_validity(subject)
+
+
+def _screened(subject: Subject) -> _Found | None:
+    """The most similar listed name of the event's parties. Raises ValueError without the lists, or for a long name."""
+    if subject.names is None:
+        raise ValueError("the pinned lists cannot be had")
+    parties = (subject.event.subject, subject.event.counterparty)
+    hits = [screen(subject.names, party.name) for party in parties if party is not None and party.name is not None]
+    best = max((hit for hit in hits if hit is not None), key=lambda hit: hit.similarity, default=None)
+    return (
+        None if best is None else _Found(NAME_LISTED, f"entry {best.listed.number}, similarity {best.similarity:.2f}")
+    )
 
 
 def _listed(entries: ListIndex, which: Which, subject: Subject) -> str | None:
@@ -260,16 +290,18 @@ def _model_validity(subject: Subject) -> str | None:
     )
 
 
-def _timed(check: str, version: str, test: Callable[[], str | None], stopwatch: Stopwatch) -> Check:
+def _timed(check: str, version: str, test: Test, stopwatch: Stopwatch) -> Check:
     started = stopwatch()
     verdict: Literal["pass", "fail", "error"]
+    code = hit = None
     try:
-        code = test()
+        said = test()
+        code, hit = (said.code, said.hit) if isinstance(said, _Found) else (said, None)
         verdict = "pass" if code is None else "fail"
     except Exception:  # noqa: BLE001 - a check that raises has not passed, whatever it raised
         code, verdict = CHECK_ERROR, "error"
     latency_ms = round((stopwatch() - started) * 1000, 3)
-    return Check(check=check, version=version, verdict=verdict, latency_ms=latency_ms, code=code)
+    return Check(check=check, version=version, verdict=verdict, latency_ms=latency_ms, code=code, hit=hit)
 
 
 def _score_limit(score: float | None, limit: float | None) -> str | None:

@@ -1,5 +1,8 @@
 """Names against a sanctions list that the operator loads (CSV layout of OFAC's SDN list, aliases in a file of its own).
 
+A list is registered, approved and activated as a version of kind `lists`: `content_of` makes its content of the
+publisher's files, and `load_names` reads it back.
+
 Promises: one name costs a bounded number of comparisons; the same list and name give the same answer, ties by place on
 the list. Blocking: every word of a name leads to the entries that have it, or a word one edit away (words are indexed
 with each letter left out, after Garbe's symmetric deletion); rare words count more, and the best `_COMPARED` entries
@@ -17,14 +20,18 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Any, Final, Literal
 
+from pydantic import Field
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
 from contracts.failures import InvalidModelStateError
+from contracts.ports import Artifact
+from workers.judgement.content import Content, ContentKey, key_of, read
 
 SIMILAR: Final = 0.87
 """Similarity (0–1) from which two names are taken for one."""
@@ -83,6 +90,32 @@ def _rows(path: Path, column: int, *, alias: bool) -> Iterator[Listed]:
             name = row[column].strip()
             if name and name != _NULL:
                 yield Listed(row[0].strip(), name, alias)
+
+
+class NamesContent(Content):
+    """The content of `lists` of type `names`: (number of the entry, name as written, whether it is an alias)."""
+
+    type: Literal["names"]
+    source: Annotated[str, Field(min_length=1, max_length=512)]
+    entries: Annotated[
+        tuple[tuple[Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=512)], bool], ...],
+        Field(min_length=1, max_length=_MAX_ENTRIES),
+    ]
+
+
+def content_of(names: Sequence[Listed], source: str) -> dict[str, Any]:
+    """The content of a version that holds these names; `source` says where they are from, and as of when."""
+    return {"type": "names", "source": source, "entries": [[each.number, each.name, each.alias] for each in names]}
+
+
+def load_names(artifact: Artifact) -> SanctionsList:
+    """The list of an artifact, indexed once per digest. Raises InvalidModelStateError when it is not one."""
+    return _load(key_of(artifact))
+
+
+@lru_cache(maxsize=4)  # tens of megabytes each
+def _load(key: ContentKey) -> SanctionsList:
+    return index_names([Listed(*entry) for entry in read(NamesContent, key).entries])
 
 
 def index_names(names: Sequence[Listed]) -> SanctionsList:

@@ -71,14 +71,16 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
         model=active.model,
         policy=active.policy,
         guardrail=active.guardrail,
+        lists=active.lists,
         thresholds=active.thresholds,
         halted=active.halted,
     )
     named = (("model", pins.model), ("policy", pins.policy), ("guardrail", pins.guardrail))
-    unavailable = tuple(name for name, pin in named if pin is None)
+    unavailable = (*(name for name, pin in named if pin is None), *(("lists",) if active.lists_lost else ()))
     velocity = facts.velocity
     detail: dict[str, str | int] = {
-        name: "none" if pin is None else f"{pin.name}@{pin.version}:{pin.digest[:16]}" for name, pin in named
+        name: "none" if pin is None else f"{pin.name}@{pin.version}:{pin.digest[:16]}"
+        for name, pin in (*named, *((("lists", pins.lists),) if pins.lists is not None else ()))
     }
     detail |= {"thresholds": pins.thresholds.digest[:16], "halted": int(pins.halted)}
     if velocity is not None:

@@ -431,7 +431,8 @@ class ActiveSet:
     """What decides for one tenant now: an approved, active, unexpired version of each kind, or None.
 
     `halted`: a person stopped automatic decisions for the tenant, for its model, or everywhere. A tenant need not
-    screen names: `lists_lost` says that it wants to, and that the version that it wants may not be used.
+    screen names: `lists_lost` says that it wants to, and that the version that it wants may not be used. `trial`
+    decides nothing: another model is tried beside the one that does.
     """
 
     model: Pin | None
@@ -441,6 +442,7 @@ class ActiveSet:
     halted: bool = False
     lists: Pin | None = None
     lists_lost: bool = False
+    trial: Pin | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ class Pins(BaseModel):
     prompt: Pin | None = None
     lists: Pin | None = None
     reasons: Pin | None = None
+    trial: Pin | None = Field(default=None, exclude_if=lambda pin: pin is None)
     thresholds: Thresholds
     halted: bool = False
 
@@ -88,6 +89,19 @@ class Created(BaseModel):
     unavailable: tuple[str, ...] = ()
 
 
+class Shadow(BaseModel):
+    """What a model that is only tried said of an event; no outcome is made of it.
+
+    `score` is None where it could give none; `flips`: it lies in another band of the tenant's than the score.
+    """
+
+    model_config = _FROZEN
+    rollout: str
+    version: str
+    score: float | None
+    flips: bool
+
+
 class Validated(BaseModel):
     """What scoring adds: the policy verdict, the score (0–100, None when unavailable) and its reasons."""
 
@@ -97,6 +111,7 @@ class Validated(BaseModel):
     score: float | None
     reasons: tuple[Reason, ...]
     unavailable: tuple[str, ...] = ()
+    shadow: Shadow | None = Field(default=None, exclude_if=lambda shadow: shadow is None)
 
 
 class Processed(BaseModel):

@@ -19,14 +19,16 @@ from deploy.operator import OperatorClient, client_from_environment, load_sessio
 from deploy.printing import console, print_fields, print_json, print_table
 from deploy.settings import SettingsError
 
-registry_app = typer.Typer(no_args_is_help=True, help="What decides: models, prompts, policies, guardrails, lists.")
+registry_app = typer.Typer(
+    no_args_is_help=True, help="What decides: models, prompts, policies, guardrails, lists, trials."
+)
 halt_app = typer.Typer(no_args_is_help=True, help="Stop automatic decisions, and let them go on.")
 registry_app.add_typer(halt_app, name="halt")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant; default: the one of the login.")]
 Shared = Annotated[bool, typer.Option("--shared", help="What every tenant uses.")]
-Kind = Annotated[str, typer.Argument(help="model, prompt, policy, guardrail or lists.")]
+Kind = Annotated[str, typer.Argument(help="model, prompt, policy, guardrail, lists or trial.")]
 Name = Annotated[str, typer.Argument(help="Its name.")]
 Number = Annotated[int, typer.Argument(min=1, help="Its number.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept for ever.")]
@@ -37,6 +39,7 @@ Digest = Annotated[
 Model = Annotated[str, typer.Argument(help="The name of a model, or * for all.")]
 _SHORT_DIGEST = 12
 _PLACEMENT = ("kind", "scope_key", "name", "version", "shared", "usable", "activated_by", "activated_at")
+_TRIED = ("rollout", "version", "events", "unscored", "flips", "mean_shift", "largest_shift")
 _VERSION = ("kind", "name", "version", "status", "author", "approver", "use_tag", "valid_until", "digest")
 
 ScopeKey = Annotated[str, typer.Argument(help="Where: an event kind, or kind:type, as risk:loan.application.")]
@@ -126,6 +129,23 @@ def register(
     with _client() as client:
         path = f"{_root(tenant, shared)}/registry"
         _done(client.post(path, draft | ({"reason": reason} if reason else {})), as_json)
+
+
+@registry_app.command("trials")
+def report_trials(
+    since: Annotated[str | None, typer.Option(help="From when, RFC 3339; default: 7 days.")] = None,
+    tenant: Tenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """How models that are tried did beside those that decide."""
+    with _client() as client:
+        found = client.get(f"{_root(tenant, False)}/trials-report", since=since)
+    if as_json:
+        print_json(found)
+    elif not found["tried"]:
+        console.print(f"no shadow score in {found['looked_at']:,} decisions since {found['since']}")
+    else:
+        print_table(found["tried"], _TRIED)
 
 
 @registry_app.command("names")

@@ -35,9 +35,9 @@ MAX_CONTENT_BYTES: Final = 4_194_304
 
 RELEASE_AUTHOR, RELEASE_APPROVER = "riskfleet", "riskfleet-release"
 
-Kind = Literal["model", "prompt", "policy", "guardrail", "lists"]
+Kind = Literal["model", "prompt", "policy", "guardrail", "lists", "trial"]
 UseTag = Literal["fraud", "aml", "credit"]
-KINDS: Final[tuple[Kind, ...]] = ("model", "prompt", "policy", "guardrail", "lists")
+KINDS: Final[tuple[Kind, ...]] = ("model", "prompt", "policy", "guardrail", "lists", "trial")
 
 Finding = tuple[str, str]
 Validator = Callable[[Mapping[str, Any]], Sequence[Finding]]

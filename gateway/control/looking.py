@@ -1,4 +1,4 @@
-"""The calls of operators who look: one event, and an event's audit records.
+"""The calls of operators who look: one event, an event's audit records, and how models did that are tried.
 
 Read only. Promises: no payload is in any answer; what another tenant owns is not known here.
 """
@@ -6,6 +6,7 @@ Read only. Promises: no payload is in any answer; what another tenant owns is no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 from pydantic import BaseModel
@@ -22,13 +23,16 @@ from gateway.control.parameters import (
     event_id,
     event_of,
     limit_parameter,
+    moment_of,
     number,
     one,
 )
 from gateway.web import json_answer
 from governance.postgres.looking import MAX_RECORDS, ChainPage, EventView
+from governance.trials import TrialReport
 
 _TENANT: Final = "/ops/v1/tenants/{tenant}"
+_DAYS: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ def calls(desk: Desk) -> list[Call]:
     door = _Door(desk)
     event = Parameter("event_id", "query", "The event.", {"type": "string", "pattern": "^[0-9a-f]{32}$"}, required=True)
     after = Parameter("after", "query", "`next` of the page before.", {"type": "integer", "minimum": 0})
+    since = Parameter("since", "query", f"From when; default: {_DAYS} days.", {"type": "string", "format": "date-time"})
     chain = (event, after, limit_parameter(MAX_RECORDS))
     return [
         _look(
@@ -58,6 +63,12 @@ def calls(desk: Desk) -> list[Call]:
             "The audit records of one event, in the order of the chain",
             _Reading(door.records, Permission.AUDIT_READ, ChainPage, chain),
         ),
+        _look(
+            f"{_TENANT}/trials-report",
+            "reportTrials",
+            "How models that are tried did beside those that decide",
+            _Reading(door.trials, Permission.REGISTRY_READ, TrialReport, (since,)),
+        ),
     ]
 
 
@@ -70,6 +81,11 @@ class _Door:
     async def event(self, request: Request) -> Response:
         _, scope = await self._desk.tenant(request, Permission.EVENTS_READ)
         return _answer(await self._desk.looking.event(scope, event_of(request)))
+
+    async def trials(self, request: Request) -> Response:
+        _, scope = await self._desk.tenant(request, Permission.REGISTRY_READ)
+        since = moment_of(request, "since") or self._desk.clock.now() - timedelta(days=_DAYS)
+        return _answer(await self._desk.looking.trials(scope, since))
 
     async def records(self, request: Request) -> Response:
         _, scope = await self._desk.tenant(request, Permission.AUDIT_READ)

@@ -207,6 +207,7 @@ def _active_set(tx: Transaction, scope: TenantScope, places: Sequence[str], now:
         guardrail=_pick(tx, "guardrail", scope, places, now)[0],
         lists=lists,
         lists_lost=wanted and lists is None,
+        trial=_pick(tx, "trial", scope, places, now)[0],
         thresholds=tenant.thresholds if tenant else Thresholds(),
         halted=_halted(tx, scope, model),
     )

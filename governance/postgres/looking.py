@@ -23,6 +23,7 @@ from governance.approvals import Revision
 from governance.deadletters import LetterSummary
 from governance.postgres.engine import transaction
 from governance.postgres.reports import ApprovalSummary, EventSummary, event_summary
+from governance.trials import Seen, TrialReport, summed
 
 MAX_RECORDS: Final = 500
 
@@ -32,6 +33,13 @@ _RECORDS: Final = text(
      WHERE tenant = :tenant AND event_id = :event_id AND seq > :after ORDER BY seq LIMIT :limit
     """
 )
+_SHADOWS: Final = text(
+    """
+    SELECT state FROM decisions WHERE tenant = :tenant AND revision = 1 AND decided_at >= :since
+     ORDER BY decided_at DESC LIMIT :limit
+    """
+)
+_MOST_DECISIONS: Final = 50_000
 _DOCUMENT = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -118,6 +126,17 @@ class Looking:
             dead_letters=found.dead_letters,
         )
 
+    async def trials(self, scope: TenantScope, since: datetime) -> TrialReport:
+        """How the models that are tried did in the tenant's newest decisions since a moment."""
+        values = {"tenant": scope.tenant_id, "since": since, "limit": _MOST_DECISIONS}
+        seen, looked_at = [], 0
+        async with transaction(self._engine, [scope]) as connection:
+            async for row in await connection.stream(_SHADOWS, values):
+                looked_at += 1
+                if b'"shadow"' in bytes(row.state) and (one := _seen(orjson.loads(bytes(row.state)))) is not None:
+                    seen.append(one)
+        return TrialReport(since=since, looked_at=looked_at, tried=summed(seen))
+
     async def records(
         self, scope: TenantScope, event_id: str, *, after: int = 0, limit: int = MAX_RECORDS
     ) -> ChainPage:
@@ -177,3 +196,11 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return document if isinstance(document, dict) else None
+
+
+def _seen(state: dict[str, Any]) -> Seen | None:
+    scored = state.get("validated") or {}
+    shadow = scored.get("shadow")
+    if shadow is None:
+        return None
+    return Seen(shadow["rollout"], shadow["version"], scored["score"], shadow["score"], shadow["flips"])

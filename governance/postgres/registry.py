@@ -103,6 +103,7 @@ class _TenantView:
             guardrail=self.pick("guardrail", kind, event_type)[0],
             lists=lists,
             lists_lost=wanted and lists is None,
+            trial=self.pick("trial", kind, event_type)[0],
             thresholds=self.thresholds,
             halted=ANY_MODEL in self.halts or (model is not None and model.name in self.halts),
         )

@@ -255,7 +255,9 @@ registry_versions = Table(
     CheckConstraint("digest = encode(sha256(content), 'hex')", name="registry_versions_content"),
     CheckConstraint("validator <> author", name="registry_versions_validator"),
     CheckConstraint("author <> '' AND approver <> ''", name="registry_versions_persons"),
-    CheckConstraint("kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists')", name="registry_versions_kind"),
+    CheckConstraint(
+        "kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists', 'trial')", name="registry_versions_kind"
+    ),
     CheckConstraint(
         "status IN ('draft', 'submitted', 'approved', 'active', 'rejected', 'retired', 'revoked')",
         name="registry_versions_status",

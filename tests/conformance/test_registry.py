@@ -119,6 +119,14 @@ async def test_a_tenant_need_not_screen_and_is_told_when_it_wants_to_and_cannot(
     assert (found.lists, found.lists_lost) == (None, True)
 
 
+async def test_a_trial_is_told_beside_what_decides(database: Bench, scope: TenantScope) -> None:
+    assert (await active(database, scope)).trial is None
+    pin = await database.register(scope, "spring", content(), at="risk", kind="trial")
+    found = await active(database, scope)
+    assert (found.trial, found.lists_lost) == (pin, False)
+    assert found.model is not None
+
+
 async def test_a_revocation_is_seen_within_two_seconds(database: Bench, scope: TenantScope) -> None:
     pin = await database.register(scope, "own", content(), at="risk")
     assert (await active(database, scope)).model == pin

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from contracts.events import parse_event
+from contracts.failures import InvalidModelStateError
 from contracts.ports import Artifact
-from contracts.state import Pin, SubjectHistory
-from workers.judgement.rollout import Challenger, Shadow, is_in, report, shadows
+from contracts.state import Pin, Shadow, SubjectHistory
+from governance.trials import Seen, summed
+from workers.judgement.rollout import Challenger, is_in, load_trial, shadow_of
 
 EVENT = parse_event(
     {
@@ -47,16 +49,49 @@ def test_another_rollout_takes_other_people() -> None:
     assert len(one & two) == pytest.approx(50, abs=35)
 
 
-def test_shadows_are_recorded_and_a_broken_challenger_is_one_without_a_score() -> None:
-    tried = [Challenger(model(CARD, "calm"), "r1", 100), Challenger(model({"type": "x"}, "broken"), "r2", 100)]
-    tried.append(Challenger(model(CARD, "nobody"), "r3", 0))
-    seen = shadows(tried, "acme", EVENT, SubjectHistory(), 30.0, (40.0, 75.0))
-    assert seen == (Shadow("r1", "calm@3", 50.0, flips=True), Shadow("r2", "broken@3", None, flips=True))
-    told = report([(30.0, each) for each in seen])
-    assert (told["calm@3"].mean_shift, told["calm@3"].flips, told["broken@3"].unscored) == (20.0, 1, 1)
+def challenger(percent: float = 100, content: dict[str, object] | None = None, *, there: bool = True) -> Challenger:
+    tried = model(CARD if content is None else content, f"tried-{content}")
+    trial = {"type": "challenger", "rollout": "r", "percent": percent, "model": tried.pin.model_dump()}
+    name = f"trial-{percent}-{tried.pin.digest}"
+    return Challenger(
+        load_trial(Artifact("trial", Pin(name="t", version=1, digest=name), trial)), tried if there else None
+    )
+
+
+def said(one: Challenger) -> Shadow | None:
+    return shadow_of(one, "acme", EVENT, SubjectHistory(), None, champion=30.0, bands=(40.0, 75.0))
+
+
+def test_a_shadow_says_what_the_challenger_would_have_scored_and_whether_the_band_differs() -> None:
+    assert said(challenger()) == Shadow(rollout="r", version="tried-None@3", score=50.0, flips=True)
+    low = challenger(content=CARD | {"base": 39})
+    assert (said(low) or Shadow(rollout="", version="", score=0, flips=True)).flips is False
+    assert said(challenger(0)) is None
+
+
+@pytest.mark.parametrize("one", [challenger(content={"type": "x"}), challenger(there=False)], ids=["broken", "gone"])
+def test_a_challenger_that_cannot_score_is_recorded_without_a_score(one: Challenger) -> None:
+    shadow = said(one)
+    assert shadow is not None
+    assert (shadow.score, shadow.flips) == (None, True)
+
+
+def test_trials_are_summed_by_rollout_and_version() -> None:
+    told = summed(
+        [
+            Seen("b", "m@2", 10.0, 30.0, flips=True),
+            Seen("b", "m@2", 20.0, 10.0, flips=False),
+            Seen("b", "m@2", None, 5.0, flips=True),
+            Seen("b", "m@2", 5.0, None, flips=True),
+            Seen("a", "m@2", 1.0, 1.0, flips=False),
+        ]
+    )
+    assert [(one.rollout, one.events, one.unscored, one.flips) for one in told] == [("a", 1, 0, 0), ("b", 4, 1, 3)]
+    assert (told[1].mean_shift, told[1].largest_shift) == (5.0, 20.0)
+    assert summed([]) == ()
 
 
 @pytest.mark.parametrize("percent", [-1, 101, float("nan")])
 def test_a_rollout_is_a_percentage(percent: float) -> None:
-    with pytest.raises(ValueError, match="percentage"):
-        Challenger(model(CARD, "calm"), "r", percent)
+    with pytest.raises(InvalidModelStateError):
+        challenger(percent)

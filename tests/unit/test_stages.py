@@ -394,6 +394,46 @@ async def test_lists_that_cannot_be_had_let_nobody_pass(lost: str) -> None:
     assert (state.decided.decision.outcome, state.decided.decision.degraded) == (REVIEW, ("lists",))
 
 
+CHALLENGER = Pin(name="challenger", version=2, digest="c" * 64)
+TRIAL = Pin(name="spring", version=1, digest="t" * 64)
+UNREADABLE_TRIAL = Pin(name="spring", version=2, digest="u" * 64)
+CONTENT[CHALLENGER.digest] = {**CONTENT[MODEL.digest], "base": 99}
+CONTENT[TRIAL.digest] = {
+    "type": "challenger",
+    "rollout": "spring",
+    "percent": 100,
+    "model": CHALLENGER.model_dump(),
+}
+CONTENT[UNREADABLE_TRIAL.digest] = {"type": "nothing"}
+
+
+async def test_a_challenger_is_recorded_and_decides_nothing() -> None:
+    async def decided(trial: Pin | None, broken: str | None = None) -> EventState:
+        chosen = ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds(), trial=trial)
+        return await run(new_state(), OneTenant(active=chosen, broken=broken))
+
+    plain, tried = await decided(None), await decided(TRIAL)
+    assert plain.validated is not None
+    assert tried.validated is not None
+    assert tried.created is not None
+    assert tried.created.pins.trial == TRIAL
+    shadow = tried.validated.shadow
+    assert shadow is not None
+    assert (shadow.rollout, shadow.version, shadow.flips) == ("spring", "challenger@2", True)
+    assert shadow.score == 99
+    assert tried.validated.score == plain.validated.score
+    assert plain.decided is not None
+    assert tried.decided is not None
+    assert tried.decided.decision == plain.decided.decision
+    assert b"shadow" not in plain.to_bytes()
+    assert b'"trial"' not in plain.to_bytes()
+    # Neither a trial nor a challenger that cannot be read costs the event its decision.
+    for trial, broken in ((UNREADABLE_TRIAL, None), (TRIAL, CHALLENGER.digest), (TRIAL, TRIAL.digest)):
+        without = await decided(trial, broken)
+        assert without.decided is not None
+        assert without.decided.decision == plain.decided.decision
+
+
 async def test_nothing_active_is_named_and_asks_a_person() -> None:
     state = await run(new_state(), OneTenant(active=ActiveSet(None, None, None, Thresholds())))
     assert state.created is not None

@@ -1,61 +1,61 @@
 """Champions and challengers: who is scored by a second model too, and what is written down of it.
 
-A challenger's score is a shadow: it is recorded beside the champion's and no outcome is made of it, since nothing here
-returns a score that a decision could take. Promises: who belongs to a percentage depends on the rollout's name and the
-subject alone, so that a subject keeps its side, and a larger percentage keeps everybody of a smaller one.
+A trial is a version of kind `trial`: registered, approved, activated and pinned like everything else. A challenger's
+score is a shadow: it is recorded beside the champion's and no outcome is made of it, since nothing here returns a score
+that a decision could take. Promises: who belongs to a percentage depends on the rollout's name and the subject alone,
+so that a subject keeps its side, and a larger percentage keeps everybody of a smaller one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
 
 from contracts.events import Event
 from contracts.ports import Artifact
-from contracts.state import SubjectHistory
+from contracts.state import Pin, Shadow, SubjectHistory
+from contracts.velocity import Velocity
 from workers.judgement import UNREADABLE
+from workers.judgement.content import CACHED_VERSIONS, Content, ContentKey, key_of, read
 from workers.judgement.models import score_event
 
 STEPS: Final = 10_000
 """A percentage is exact to a hundredth."""
 
 
-@dataclass(frozen=True, slots=True)
-class Challenger:
-    """A model that is tried on a share of subjects. `percent`: 0–100; `rollout` names the trial."""
+class Trial(Content):
+    """The content of a trial of type `challenger`: the model that is tried, on how many of a rollout's subjects.
 
-    model: Artifact
-    rollout: str
-    percent: float
-
-    def __post_init__(self) -> None:
-        if not (self.rollout and math.isfinite(self.percent) and 0 <= self.percent <= 100):
-            raise ValueError("a rollout has a name and a percentage of 0 to 100")
-
-
-@dataclass(frozen=True, slots=True)
-class Shadow:
-    """What a challenger said of an event. `score` is None where it could give none; `flips` says whether its score
-    lies in another band than the champion's.
+    `rollout` names who takes part: the same name and a larger percentage keep everybody of the smaller one.
     """
 
-    rollout: str
-    version: str
-    score: float | None
-    flips: bool
+    type: Literal["challenger"]
+    rollout: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    percent: Annotated[float, Field(ge=0, le=100)]
+    model: Pin
 
 
 @dataclass(frozen=True, slots=True)
-class ShadowReport:
-    """Of many shadows: how many, without a score, in another band, and the mean change of the score in points."""
+class Challenger:
+    """A trial with its model, None when that cannot be had."""
 
-    events: int
-    unscored: int
-    flips: int
-    mean_shift: float | None
+    trial: Trial
+    model: Artifact | None
+
+
+def load_trial(artifact: Artifact) -> Trial:
+    """The trial of an artifact, read once per digest. Raises InvalidModelStateError when it is not one."""
+    return _load(key_of(artifact))
+
+
+@lru_cache(maxsize=CACHED_VERSIONS)
+def _load(key: ContentKey) -> Trial:
+    return read(Trial, key)
 
 
 def place_of(rollout: str, tenant: str, subject: str) -> int:
@@ -73,53 +73,33 @@ def is_in(percent: float, rollout: str, tenant: str, subject: str) -> bool:
     return place_of(rollout, tenant, subject) < round(percent * STEPS / 100)
 
 
-def shadows(
-    challengers: Sequence[Challenger],
+def shadow_of(
+    challenger: Challenger,
     tenant: str,
     event: Event,
     history: SubjectHistory,
+    velocity: Velocity | None,
+    *,
     champion: float | None,
     bands: Sequence[float],
-) -> tuple[Shadow, ...]:
-    """The shadow scores of an event. Never raises for what a challenger cannot read. `bands`: rising limits."""
-    subject = f"{event.subject.type}\0{event.subject.id}"
-    return tuple(
-        _shadow(each, event, history, champion, bands)
-        for each in challengers
-        if is_in(each.percent, each.rollout, tenant, subject)
-    )
+) -> Shadow | None:
+    """The shadow score of an event, None for a subject that does not take part. `bands`: rising limits.
 
-
-def _shadow(
-    challenger: Challenger, event: Event, history: SubjectHistory, champion: float | None, bands: Sequence[float]
-) -> Shadow:
-    pin = challenger.model.pin
-    score: float | None
-    try:
-        score = score_event(challenger.model, event, history).score
-    except UNREADABLE:
-        score = None
+    Never raises for what the challenger cannot read: its score is None then.
+    """
+    trial = challenger.trial
+    if not is_in(trial.percent, trial.rollout, tenant, f"{event.subject.type}\0{event.subject.id}"):
+        return None
+    score: float | None = None
+    if challenger.model is not None:
+        try:
+            score = score_event(challenger.model, event, history, velocity).score
+        except UNREADABLE:  # a velocity that is lost, too
+            score = None
+    version = f"{trial.model.name}@{trial.model.version}"
     flips = _band(score, bands) != _band(champion, bands)
-    return Shadow(challenger.rollout, f"{pin.name}@{pin.version}", score, flips)
+    return Shadow(rollout=trial.rollout, version=version, score=score, flips=flips)
 
 
 def _band(score: float | None, bands: Sequence[float]) -> int | None:
     return None if score is None else sum(score >= limit for limit in bands)
-
-
-def report(seen: Sequence[tuple[float | None, Shadow]]) -> Mapping[str, ShadowReport]:
-    """Per challenger's version, over (champion's score, shadow)."""
-    by_version: dict[str, list[tuple[float | None, Shadow]]] = {}
-    for champion, shadow in seen:
-        by_version.setdefault(shadow.version, []).append((champion, shadow))
-    return {version: _summed(pairs) for version, pairs in by_version.items()}
-
-
-def _summed(pairs: Sequence[tuple[float | None, Shadow]]) -> ShadowReport:
-    shifts = [shadow.score - score for score, shadow in pairs if score is not None and shadow.score is not None]
-    return ShadowReport(
-        events=len(pairs),
-        unscored=sum(shadow.score is None for _, shadow in pairs),
-        flips=sum(shadow.flips for _, shadow in pairs),
-        mean_shift=math.fsum(shifts) / len(shifts) if shifts else None,
-    )

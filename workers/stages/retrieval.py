@@ -72,15 +72,17 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
         policy=active.policy,
         guardrail=active.guardrail,
         lists=active.lists,
+        trial=active.trial,
         thresholds=active.thresholds,
         halted=active.halted,
     )
     named = (("model", pins.model), ("policy", pins.policy), ("guardrail", pins.guardrail))
     unavailable = (*(name for name, pin in named if pin is None), *(("lists",) if active.lists_lost else ()))
+    optional = (("lists", pins.lists), ("trial", pins.trial))
     velocity = facts.velocity
     detail: dict[str, str | int] = {
         name: "none" if pin is None else f"{pin.name}@{pin.version}:{pin.digest[:16]}"
-        for name, pin in (*named, *((("lists", pins.lists),) if pins.lists is not None else ()))
+        for name, pin in (*named, *((name, pin) for name, pin in optional if pin is not None))
     }
     detail |= {"thresholds": pins.thresholds.digest[:16], "halted": int(pins.halted)}
     if velocity is not None:

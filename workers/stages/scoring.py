@@ -1,41 +1,66 @@
-"""Scoring: the model's score and reasons, then the policy set over the event, its history and its score.
+"""Scoring: the model's score and reasons, then the policy set over the event, its history, velocity and score.
 
 Promises: a model or policy that is absent, unreadable or fails gives no score or a FAIL, and is
 named in `unavailable`; never a better verdict. So is `reasons` when something without words raised
-the score. Does not compare the score with any limit.
+the score. A model that is only tried scores the subjects of its trial too, and nothing is made of that. Does not
+compare the score with any limit.
 """
 
 # ruff: noqa: ARG001 - every stage has the same signature, whatever it needs of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from contracts.lifecycle import Status
 from contracts.outcomes import PolicyResult, PolicyVerdict, RuleVerdict
 from contracts.ports import Artifact
-from contracts.state import EventState, Validated
+from contracts.state import EventState, Pin, Shadow, Validated
 from workers.judgement import UNREADABLE
 from workers.judgement.features import HistoryLostError
 from workers.judgement.models import Scored, score_event
 from workers.judgement.policies import POLICY_ERROR, VELOCITY_UNAVAILABLE, evaluate_policy
+from workers.judgement.rollout import Challenger, Trial, load_trial, shadow_of
 from workers.stages.step import StagePorts, Step, Stopwatch, artifacts, content_for, created
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringFacts:
-    """The content of the pinned model and policy; None when there is none to be had."""
+    """The content of the pinned model and policy; None when there is none to be had. `challenger`: who is tried."""
 
     model: Artifact | None
     policy: Artifact | None
+    challenger: Challenger | None = None
 
 
 async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[ScoringFacts]:
-    """The pinned model and policy of each event, one registry call for all distinct pins."""
+    """The pinned model, policy and trial of each event, one registry call for all pins, and one for who is tried."""
     pins = [created(state).pins for state in states]
-    found = await artifacts(ports.registry, [pin for each in pins for pin in (each.model, each.policy)])
-    return [ScoringFacts(content_for(each.model, found), content_for(each.policy, found)) for each in pins]
+    found = await artifacts(ports.registry, [pin for each in pins for pin in (each.model, each.policy, each.trial)])
+    trials = _trials([found[each.trial.digest] for each in pins if each.trial and each.trial.digest in found])
+    models = await artifacts(ports.registry, [trial.model for trial in trials.values()]) if trials else {}
+    return [
+        ScoringFacts(
+            content_for(each.model, found), content_for(each.policy, found), _challenger(each.trial, trials, models)
+        )
+        for each in pins
+    ]
+
+
+def _trials(artifacts: Sequence[Artifact]) -> dict[str, Trial]:
+    """Trials by digest; one that cannot be read tries nothing, and costs no event its decision."""
+    trials = {}
+    for artifact in artifacts:
+        with contextlib.suppress(*UNREADABLE):
+            trials[artifact.pin.digest] = load_trial(artifact)
+    return trials
+
+
+def _challenger(pin: Pin | None, trials: Mapping[str, Trial], models: Mapping[str, Artifact]) -> Challenger | None:
+    trial = None if pin is None else trials.get(pin.digest)
+    return None if trial is None else Challenger(trial, content_for(trial.model, models))
 
 
 def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatch) -> Step:
@@ -49,6 +74,7 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
         score=score,
         reasons=() if scored is None else scored.reasons,
         unavailable=tuple(dict.fromkeys(name for name in (missing, lacking) if name)),
+        shadow=_shadow(state, facts.challenger, score),
     )
     detail: dict[str, str | int] = {
         "policy": policy.result.value,
@@ -56,6 +82,16 @@ def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatc
         "rules": ",".join(verdict.rule for verdict in policy.rules)[:512],
     }
     return Step(Status.VALIDATED, section, detail)
+
+
+def _shadow(state: EventState, challenger: Challenger | None, score: float | None) -> Shadow | None:
+    if challenger is None:
+        return None
+    known = created(state)
+    limits = known.pins.thresholds
+    bands = (limits.review_from, limits.reject_from)
+    about = (state.event, known.history, known.velocity)
+    return shadow_of(challenger, state.scope.tenant_id, *about, champion=score, bands=bands)
 
 
 def _score(state: EventState, model: Artifact | None) -> tuple[Scored | None, str]:

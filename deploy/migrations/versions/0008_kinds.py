@@ -1,6 +1,6 @@
-"""Lists of names are registered like everything that decides.
+"""Lists of names, and trials of models, are registered like everything that decides.
 
-Frozen, as every revision. A release that does not know the kind never asks for it.
+Frozen, as every revision. A release that does not know these kinds never asks for them.
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ def upgrade() -> None:
     op.execute("ALTER TABLE registry_versions DROP CONSTRAINT registry_versions_kind")
     op.execute(
         "ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_kind "
-        "CHECK (kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists'))"
+        "CHECK (kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists', 'trial'))"
     )

@@ -47,12 +47,16 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
 class Reason(BaseModel):
-    """Why: a catalogue code, its text, and its weight in score points."""
+    """Why: a catalogue code, its text, and its weight in score points.
+
+    `adverse_action`: the sentence of the catalogue for the person whom it concerns, if it has one.
+    """
 
     model_config = _FROZEN
     code: str
     text: str
     weight: float
+    adverse_action: str | None = Field(default=None, exclude_if=lambda sentence: sentence is None)
 
 
 class RuleVerdict(BaseModel):

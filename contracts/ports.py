@@ -431,8 +431,8 @@ class ActiveSet:
     """What decides for one tenant now: an approved, active, unexpired version of each kind, or None.
 
     `halted`: a person stopped automatic decisions for the tenant, for its model, or everywhere. A tenant need not
-    screen names: `lists_lost` says that it wants to, and that the version that it wants may not be used. `trial`
-    decides nothing: another model is tried beside the one that does.
+    screen names, nor have words for reasons beside its model's: `lost` names what of that is chosen and may not be
+    used. `trial` decides nothing: another model is tried beside the one that does.
     """
 
     model: Pin | None
@@ -441,8 +441,9 @@ class ActiveSet:
     thresholds: Thresholds
     halted: bool = False
     lists: Pin | None = None
-    lists_lost: bool = False
+    reasons: Pin | None = None
     trial: Pin | None = None
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

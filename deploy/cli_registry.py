@@ -28,7 +28,7 @@ registry_app.add_typer(halt_app, name="halt")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant; default: the one of the login.")]
 Shared = Annotated[bool, typer.Option("--shared", help="What every tenant uses.")]
-Kind = Annotated[str, typer.Argument(help="model, prompt, policy, guardrail, lists or trial.")]
+Kind = Annotated[str, typer.Argument(help="model, prompt, policy, guardrail, lists, reasons or trial.")]
 Name = Annotated[str, typer.Argument(help="Its name.")]
 Number = Annotated[int, typer.Argument(min=1, help="Its number.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept for ever.")]

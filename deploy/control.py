@@ -37,6 +37,7 @@ from resilience.relay import OutboxRelay
 from workers.judgement.checks import load_guardrail
 from workers.judgement.models import coverage, load_model
 from workers.judgement.policies import check_policy
+from workers.judgement.reasons import load_catalogue
 from workers.judgement.rollout import load_trial
 from workers.judgement.screening import load_names
 from workers.simulation import StageSimulator
@@ -54,6 +55,7 @@ def validators() -> Mapping[str, Validator]:
         "policy": loads_as("policy", check_policy),
         "guardrail": loads_as("guardrail", load_guardrail),
         "lists": loads_as("lists", load_names),
+        "reasons": loads_as("reasons", load_catalogue),
         "trial": loads_as("trial", load_trial),
     }
 

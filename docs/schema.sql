@@ -474,7 +474,7 @@ CREATE TABLE public.registry_versions (
     CONSTRAINT registry_versions_approved CHECK (((status <> ALL (ARRAY['approved'::text, 'active'::text])) OR ((approver IS NOT NULL) AND (approved_at IS NOT NULL)))),
     CONSTRAINT registry_versions_content CHECK ((digest = encode(sha256(content), 'hex'::text))),
     CONSTRAINT registry_versions_four_eyes CHECK ((approver <> author)),
-    CONSTRAINT registry_versions_kind CHECK ((kind = ANY (ARRAY['model'::text, 'prompt'::text, 'policy'::text, 'guardrail'::text, 'lists'::text, 'trial'::text]))),
+    CONSTRAINT registry_versions_kind CHECK ((kind = ANY (ARRAY['model'::text, 'prompt'::text, 'policy'::text, 'guardrail'::text, 'lists'::text, 'reasons'::text, 'trial'::text]))),
     CONSTRAINT registry_versions_persons CHECK (((author <> ''::text) AND (approver <> ''::text))),
     CONSTRAINT registry_versions_status CHECK ((status = ANY (ARRAY['draft'::text, 'submitted'::text, 'approved'::text, 'active'::text, 'rejected'::text, 'retired'::text, 'revoked'::text]))),
     CONSTRAINT registry_versions_use CHECK ((use_tag = ANY (ARRAY['fraud'::text, 'aml'::text, 'credit'::text]))),

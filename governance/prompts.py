@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contracts.events import pointers_of
 from contracts.failures import InvalidModelStateError, InvalidRequestError
+from contracts.ports import Artifact
 
 MAX_TEMPLATE: Final = 32_768
 MAX_RENDERED: Final = 131_072
@@ -53,7 +54,7 @@ class Prompt(BaseModel):
     ] = Field(default_factory=dict)
 
 
-def check_prompt(content: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+def check_prompt(content: Mapping[str, Any], _: Sequence[Artifact] = (), /) -> Sequence[tuple[str, str]]:
     """(JSON pointer, reason) of everything that keeps this content from being a prompt; empty when it is one."""
     try:
         prompt = Prompt.model_validate(dict(content))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,13 +35,22 @@ MAX_CONTENT_BYTES: Final = 4_194_304
 
 RELEASE_AUTHOR, RELEASE_APPROVER = "riskfleet", "riskfleet-release"
 
-Kind = Literal["model", "prompt", "policy", "guardrail", "lists", "trial"]
+Kind = Literal["model", "prompt", "policy", "guardrail", "lists", "reasons", "trial"]
 UseTag = Literal["fraud", "aml", "credit"]
-KINDS: Final[tuple[Kind, ...]] = ("model", "prompt", "policy", "guardrail", "lists", "trial")
+KINDS: Final[tuple[Kind, ...]] = ("model", "prompt", "policy", "guardrail", "lists", "reasons", "trial")
 
 Finding = tuple[str, str]
-Validator = Callable[[Mapping[str, Any]], Sequence[Finding]]
-"""Looks at a version's content and gives (JSON pointer into it, reason) for everything that is wrong with it."""
+
+
+class Validator(Protocol):
+    """Looks at a version's content and gives (JSON pointer into it, reason) for everything that is wrong with it.
+
+    `catalogues` of reasons decide in the same scope: a model may leave its words to them.
+    """
+
+    def __call__(self, content: Mapping[str, Any], catalogues: Sequence[Artifact] = (), /) -> Sequence[Finding]:
+        """What is wrong; empty when the content may be submitted."""
+        ...
 
 
 class VersionStatus(StrEnum):
@@ -289,7 +298,9 @@ def digest_of(content: bytes) -> str:
 
 
 def loads_as(
-    kind: Kind, load: Callable[[Artifact], object], more: Callable[[Artifact], Sequence[str]] = lambda _: ()
+    kind: Kind,
+    load: Callable[[Artifact], object],
+    more: Callable[[Artifact, Sequence[Artifact]], Sequence[str]] = lambda _, __: (),
 ) -> Validator:
     """A Validator out of what reads the content when it decides: what cannot be read cannot be submitted.
 
@@ -297,12 +308,12 @@ def loads_as(
     that can be read, all of it at once.
     """
 
-    def validate(content: Mapping[str, Any]) -> Sequence[Finding]:
+    def validate(content: Mapping[str, Any], catalogues: Sequence[Artifact] = ()) -> Sequence[Finding]:
         digest = digest_of(canonical_json(dict(content)))
         artifact = Artifact(kind, Pin(name="content", version=0, digest=digest), content)
         try:
             load(artifact)
-            return tuple(("", reason) for reason in more(artifact))
+            return tuple(("", reason) for reason in more(artifact, catalogues))
         except RiskfleetError as error:
             return (("", error.detail),)
 

@@ -199,14 +199,15 @@ def _tenant(scope: TenantScope | None) -> str:
 
 def _active_set(tx: Transaction, scope: TenantScope, places: Sequence[str], now: datetime) -> ActiveSet:
     model, _ = _pick(tx, "model", scope, places, now)
-    lists, wanted = _pick(tx, "lists", scope, places, now)
+    optional = {name: _pick(tx, name, scope, places, now) for name in ("lists", "reasons")}
     tenant = tx.get(TENANTS, scope.tenant_id)
     return ActiveSet(
         model=model,
         policy=_pick(tx, "policy", scope, places, now)[0],
         guardrail=_pick(tx, "guardrail", scope, places, now)[0],
-        lists=lists,
-        lists_lost=wanted and lists is None,
+        lists=optional["lists"][0],
+        reasons=optional["reasons"][0],
+        lost=tuple(name for name, (pin, chosen) in optional.items() if chosen and pin is None),
         trial=_pick(tx, "trial", scope, places, now)[0],
         thresholds=tenant.thresholds if tenant else Thresholds(),
         halted=_halted(tx, scope, model),

@@ -27,8 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from contracts.events import canonical_json
 from contracts.failures import AuthorizationError, ConflictError, InvalidRequestError, NotKnownError
 from contracts.identity import Principal
-from contracts.ports import Clock
-from contracts.state import AuditRecord
+from contracts.ports import Artifact, Clock
+from contracts.state import AuditRecord, Pin
 from contracts.tenancy import TenantScope
 from contracts.topology import RunningLayouts
 from governance.audit import operator_record
@@ -224,7 +224,7 @@ class RegistryGate:
         self._layouts = layouts
         self._signer = signer
         self._released = frozenset((brought.kind, brought.name) for brought in release_artifacts())
-        self._validators = {"prompt": check_prompt, **validators}
+        self._validators: Mapping[str, Validator] = {"prompt": check_prompt, **validators}
         missing = [kind for kind in KINDS if kind not in self._validators]
         if missing:
             raise ValueError(f"nothing looks at the content of a {missing[0]} before it is submitted")
@@ -277,13 +277,28 @@ class RegistryGate:
         check_move(str(key), found.status, VersionStatus.SUBMITTED)
         _check_digest(found, digest)
         # Content never changes, so it is looked at outside the transaction: compiling may take its time.
-        findings = await asyncio.to_thread(self._validators[key.kind], found.content or {})
+        catalogues = await self._catalogues(scope) if key.kind == "model" else ()
+        findings = await asyncio.to_thread(self._validators[key.kind], found.content or {}, catalogues)
         wrong = [(f"/content{pointer}", why) for pointer, why in findings]
         if key.kind == "model" and not found.evidence:
             wrong.append(("/evidence", "a model is submitted with its evaluation report; register it with one"))
         if wrong:
             raise InvalidRequestError(f"{key} cannot be submitted: register a corrected one", pointers=tuple(wrong))
         return await self._change(caller, scope, key, digest, reason, VersionStatus.SUBMITTED)
+
+    async def _catalogues(self, scope: TenantScope | None) -> Sequence[Artifact]:
+        """The catalogues of reasons that decide in a scope."""
+        chosen = {
+            (None if place.shared else scope, VersionKey("reasons", place.name, place.version)): place
+            for place in await self.active(scope)
+            if place.kind == "reasons" and place.usable
+        }
+        found = []
+        for owner, key in chosen:
+            version = await self.show(owner, key)
+            pin = Pin(name=version.name, version=version.version, digest=version.digest)
+            found.append(Artifact("reasons", pin, version.content or {}))
+        return found
 
     async def approve(
         self, caller: Principal, scope: TenantScope | None, key: VersionKey, digest: str, reason: str

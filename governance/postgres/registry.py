@@ -96,13 +96,14 @@ class _TenantView:
 
     def active_set(self, kind: str, event_type: str) -> ActiveSet:
         model, _ = self.pick("model", kind, event_type)
-        lists, wanted = self.pick("lists", kind, event_type)
+        optional = {name: self.pick(name, kind, event_type) for name in ("lists", "reasons")}
         return ActiveSet(
             model=model,
             policy=self.pick("policy", kind, event_type)[0],
             guardrail=self.pick("guardrail", kind, event_type)[0],
-            lists=lists,
-            lists_lost=wanted and lists is None,
+            lists=optional["lists"][0],
+            reasons=optional["reasons"][0],
+            lost=tuple(name for name, (pin, chosen) in optional.items() if chosen and pin is None),
             trial=self.pick("trial", kind, event_type)[0],
             thresholds=self.thresholds,
             halted=ANY_MODEL in self.halts or (model is not None and model.name in self.halts),

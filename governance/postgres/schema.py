@@ -256,7 +256,7 @@ registry_versions = Table(
     CheckConstraint("validator <> author", name="registry_versions_validator"),
     CheckConstraint("author <> '' AND approver <> ''", name="registry_versions_persons"),
     CheckConstraint(
-        "kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists', 'trial')", name="registry_versions_kind"
+        "kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists', 'reasons', 'trial')", name="registry_versions_kind"
     ),
     CheckConstraint(
         "status IN ('draft', 'submitted', 'approved', 'active', 'rejected', 'retired', 'revoked')",

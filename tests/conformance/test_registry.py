@@ -105,25 +105,26 @@ async def test_a_version_whose_validation_has_expired_decides_nothing_more_and_c
     assert list(await database.registry.revoked([pin])) == [False]
 
 
-async def test_a_tenant_need_not_screen_and_is_told_when_it_wants_to_and_cannot(
-    database: Bench, scope: TenantScope
+@pytest.mark.parametrize("kind", ["lists", "reasons"])
+async def test_a_tenant_need_not_screen_or_have_words_and_is_told_when_it_wants_to_and_cannot(
+    database: Bench, scope: TenantScope, kind: str
 ) -> None:
     found = await active(database, scope)
-    assert (found.lists, found.lists_lost) == (None, False)
-    pin = await database.register(scope, "sdn", content(), at="risk", kind="lists")
+    assert (getattr(found, kind), found.lost) == (None, ())
+    pin = await database.register(scope, "own", content(), at="risk", kind=kind)
     found = await active(database, scope)
-    assert (found.lists, found.lists_lost) == (pin, False)
+    assert (getattr(found, kind), found.lost) == (pin, ())
     other = fresh_scope()
-    await database.register(other, "sdn", content(), valid_until=LONG_AGO, at="risk", kind="lists")
+    await database.register(other, "own", content(), valid_until=LONG_AGO, at="risk", kind=kind)
     found = await active(database, other)
-    assert (found.lists, found.lists_lost) == (None, True)
+    assert (getattr(found, kind), found.lost) == (None, (kind,))
 
 
 async def test_a_trial_is_told_beside_what_decides(database: Bench, scope: TenantScope) -> None:
     assert (await active(database, scope)).trial is None
     pin = await database.register(scope, "spring", content(), at="risk", kind="trial")
     found = await active(database, scope)
-    assert (found.trial, found.lists_lost) == (pin, False)
+    assert (found.trial, found.lost) == (pin, ())
     assert found.model is not None
 
 

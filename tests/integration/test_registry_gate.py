@@ -31,7 +31,7 @@ from contracts.failures import (
     NotKnownError,
 )
 from contracts.identity import EVERYWHERE, Grant, Principal, Role
-from contracts.ports import TenantProfile
+from contracts.ports import Artifact, TenantProfile
 from contracts.state import Pin, Thresholds
 from contracts.telemetry import TRANSITIONS as TRANSITIONS_COUNTED
 from contracts.tenancy import TenantScope
@@ -47,6 +47,7 @@ from governance.postgres.engine import create_engine, transaction
 from governance.postgres.gate import RegistryGate
 from governance.postgres.registry import PostgresRegistry
 from governance.registry import (
+    KINDS,
     MAX_CONTENT_BYTES,
     TRANSITIONS,
     Choice,
@@ -73,7 +74,9 @@ def person(name: str, *roles: Role, actor: str = "") -> Principal:
 ANN, BOB, CYD = person("ann", Role.ANALYST), person("bob", Role.APPROVER), person("cyd", Role.APPROVER)
 
 
-def sound(content: Any) -> Sequence[tuple[str, str]]:
+def sound(content: Any, catalogues: Sequence[Artifact] = (), /) -> Sequence[tuple[str, str]]:
+    if content.get("type") == "wordless":
+        return () if any("WORD" in catalogue.content["codes"] for catalogue in catalogues) else (("", "has no words"),)
     return (("/type", "is not one that decides"),) if content.get("type") == "broken" else ()
 
 
@@ -100,7 +103,11 @@ async def owner(database: ServerUrls) -> AsyncIterator[AsyncEngine]:
 @pytest.fixture
 def gate(engine: AsyncEngine) -> RegistryGate:
     return RegistryGate(
-        engine, SystemClock(), Layouts.first(4), SIGNER, dict.fromkeys(("model", "policy", "guardrail"), sound)
+        engine,
+        SystemClock(),
+        Layouts.first(4),
+        SIGNER,
+        dict.fromkeys((kind for kind in KINDS if kind != "prompt"), sound),
     )
 
 
@@ -281,6 +288,22 @@ async def test_content_that_cannot_be_used_is_not_submitted(gate: RegistryGate, 
     assert [pointer for pointer, _ in await wrong(draft(evidence={}))] == ["/evidence"]
     prompt = draft(kind="prompt", content={"template": "Hello {{name}}", "variables": {}})
     assert [pointer for pointer, _ in await wrong(prompt)] == ["/content/template"]
+
+
+async def test_a_model_may_leave_its_words_to_a_catalogue_that_decides_where_it_will(
+    gate: RegistryGate, scope: TenantScope
+) -> None:
+    model = await registered(gate, scope, draft(content={"type": "wordless"}))
+    words = {"type": "catalogue", "codes": {"WORD": {"text": "a word", "adverse_action": "A word."}}}
+    catalogue = await approved(gate, scope, draft("words", "reasons", content=words))
+
+    async def submit() -> Version:
+        return await gate.submit(ANN, scope, model.key, model.digest, WHY)
+
+    with pytest.raises(InvalidRequestError):
+        await submit()  # approved is not yet active
+    await gate.activate(CYD, scope, [choice(catalogue)], WHY)
+    assert (await submit()).status is VersionStatus.SUBMITTED
 
 
 @pytest.mark.parametrize(

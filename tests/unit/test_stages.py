@@ -386,12 +386,37 @@ async def test_a_listed_name_is_pinned_found_and_asks_a_person() -> None:
 async def test_lists_that_cannot_be_had_let_nobody_pass(lost: str) -> None:
     limits = Thresholds()
     chosen = {
-        "unusable": ActiveSet(MODEL, POLICY, GUARDRAIL, limits, lists_lost=True),
+        "unusable": ActiveSet(MODEL, POLICY, GUARDRAIL, limits, lost=("lists",)),
         "unreadable": ActiveSet(MODEL, POLICY, GUARDRAIL, limits, lists=LISTS),
     }
     state = await run(new_state(), OneTenant(active=chosen[lost], broken=LISTS.digest))
     assert state.decided is not None
     assert (state.decided.decision.outcome, state.decided.decision.degraded) == (REVIEW, ("lists",))
+
+
+REASONS = Pin(name="words", version=3, digest="r" * 64)
+CONTENT[REASONS.digest] = {
+    "type": "catalogue",
+    "codes": {"X": {"text": "in the catalogue's words", "adverse_action": "Your x is high."}},
+}
+
+
+async def test_the_words_of_a_decision_are_the_pinned_catalogues() -> None:
+    async def made(chosen: ActiveSet, broken: str | None = None) -> Decision:
+        state = await run(new_state(attributes={"x": 5}), OneTenant(active=chosen, broken=broken))
+        assert state.decided is not None
+        return state.decided.decision
+
+    plain = await made(ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds()))
+    assert [(one.code, one.adverse_action) for one in plain.reasons][:1] == [("X", None)]
+    assert "adverse_action" not in plain.reasons[0].model_dump()
+    assert "reasons" not in plain.versions
+    chosen = ActiveSet(MODEL, POLICY, GUARDRAIL, Thresholds(), reasons=REASONS)
+    worded = await made(chosen)
+    assert (worded.reasons[0].text, worded.reasons[0].adverse_action) == ("in the catalogue's words", "Your x is high.")
+    assert worded.versions["reasons"] == REASONS.model_dump()
+    # Words that somebody chose and that cannot be had are missing, whatever the model says itself.
+    assert (await made(chosen, broken=REASONS.digest)).degraded == ("reasons",)
 
 
 CHALLENGER = Pin(name="challenger", version=2, digest="c" * 64)

@@ -30,7 +30,7 @@ from workers.judgement.features import is_feature
 from workers.judgement.models_calibration import Calibration
 from workers.judgement.models_inputs import Code, Text, is_number, name_of, read_value
 from workers.judgement.models_trees import Forest, Trees
-from workers.judgement.reasons import Catalogue, missing_words, worded
+from workers.judgement.reasons import Catalogue, load_catalogue, missing_words, worded
 from workers.judgement.reasons import Factor as Raised
 
 __all__ = ["Code", "Factor", "Forest", "Scorecard", "Scored", "Text", "coverage", "load_model", "raw_of", "score_event"]
@@ -123,8 +123,11 @@ def _load(key: ContentKey) -> Model:
     return read(Scorecard, key)
 
 
-def coverage(artifact: Artifact, catalogues: Sequence[Catalogue] = ()) -> tuple[str, ...]:
-    """One sentence per factor that may raise a score without words for it; empty when every reason can be told."""
+def coverage(artifact: Artifact, catalogues: Sequence[Artifact] = ()) -> tuple[str, ...]:
+    """One sentence per factor that may raise a score without words for it; empty when every reason can be told.
+
+    `catalogues`: artifacts of kind `reasons` whose words count too. Raises InvalidModelStateError for one that is none.
+    """
     model = load_model(artifact)
     if isinstance(model, Forest):
         used = {split for tree in model.content.trees for split in tree.split}
@@ -140,7 +143,7 @@ def coverage(artifact: Artifact, catalogues: Sequence[Catalogue] = ()) -> tuple[
             for points in (*factor.bins, *factor.values.values(), factor.missing)
             if points.points > 0
         ]
-    return missing_words(factors, catalogues)
+    return missing_words(factors, [load_catalogue(each) for each in catalogues])
 
 
 def score_event(

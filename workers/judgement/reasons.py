@@ -101,7 +101,12 @@ def worded(factors: Iterable[Factor], catalogue: Catalogue | None) -> Worded:
             weights[factor.code, text] = weights.get((factor.code, text), 0.0) + factor.weight
     ranked = sorted(weights.items(), key=lambda item: (-round(item[1], 2), item[0]))
     reasons = tuple(
-        Reason(code=code, text=text, weight=round(weight, 2))
+        Reason(
+            code=code,
+            text=text,
+            weight=round(weight, 2),
+            adverse_action=known[code].adverse_action if code in known else None,
+        )
         for (code, text), weight in ranked[:MAX_REASONS]
         if round(weight, 2) > 0
     )

@@ -237,6 +237,7 @@ def _versions(state: EventState) -> dict[str, Any]:
     pins = created(state).pins
     limits = Pin(name="thresholds", version=pins.thresholds.version, digest=pins.thresholds.digest)
     named = {"model": pins.model, "policy": pins.policy, "guardrail": pins.guardrail, "lists": pins.lists}
+    named |= {"reasons": pins.reasons} if pins.reasons is not None else {}
     named |= {"thresholds": limits}
     versions: dict[str, Any] = {name: None if pin is None else pin.model_dump() for name, pin in named.items()}
     return versions | {"schema": state.event.schema_version}

@@ -72,13 +72,14 @@ def decide(state: EventState, facts: RetrievalFacts, now: str, stopwatch: Stopwa
         policy=active.policy,
         guardrail=active.guardrail,
         lists=active.lists,
+        reasons=active.reasons,
         trial=active.trial,
         thresholds=active.thresholds,
         halted=active.halted,
     )
     named = (("model", pins.model), ("policy", pins.policy), ("guardrail", pins.guardrail))
-    unavailable = (*(name for name, pin in named if pin is None), *(("lists",) if active.lists_lost else ()))
-    optional = (("lists", pins.lists), ("trial", pins.trial))
+    unavailable = (*(name for name, pin in named if pin is None), *active.lost)
+    optional = (("lists", pins.lists), ("reasons", pins.reasons), ("trial", pins.trial))
     velocity = facts.velocity
     detail: dict[str, str | int] = {
         name: "none" if pin is None else f"{pin.name}@{pin.version}:{pin.digest[:16]}"

@@ -22,28 +22,37 @@ from workers.judgement import UNREADABLE
 from workers.judgement.features import HistoryLostError
 from workers.judgement.models import Scored, score_event
 from workers.judgement.policies import POLICY_ERROR, VELOCITY_UNAVAILABLE, evaluate_policy
+from workers.judgement.reasons import Catalogue, load_catalogue
 from workers.judgement.rollout import Challenger, Trial, load_trial, shadow_of
 from workers.stages.step import StagePorts, Step, Stopwatch, artifacts, content_for, created
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringFacts:
-    """The content of the pinned model and policy; None when there is none to be had. `challenger`: who is tried."""
+    """The content of the pinned model, policy and catalogue of reasons; None when there is none to be had.
+
+    `challenger`: who is tried.
+    """
 
     model: Artifact | None
     policy: Artifact | None
+    reasons: Artifact | None = None
     challenger: Challenger | None = None
 
 
 async def gather(states: Sequence[EventState], ports: StagePorts) -> Sequence[ScoringFacts]:
     """The pinned model, policy and trial of each event, one registry call for all pins, and one for who is tried."""
     pins = [created(state).pins for state in states]
-    found = await artifacts(ports.registry, [pin for each in pins for pin in (each.model, each.policy, each.trial)])
+    wanted = [pin for each in pins for pin in (each.model, each.policy, each.reasons, each.trial)]
+    found = await artifacts(ports.registry, wanted)
     trials = _trials([found[each.trial.digest] for each in pins if each.trial and each.trial.digest in found])
     models = await artifacts(ports.registry, [trial.model for trial in trials.values()]) if trials else {}
     return [
         ScoringFacts(
-            content_for(each.model, found), content_for(each.policy, found), _challenger(each.trial, trials, models)
+            content_for(each.model, found),
+            content_for(each.policy, found),
+            content_for(each.reasons, found),
+            _challenger(each.trial, trials, models),
         )
         for each in pins
     ]
@@ -65,7 +74,7 @@ def _challenger(pin: Pin | None, trials: Mapping[str, Trial], models: Mapping[st
 
 def decide(state: EventState, facts: ScoringFacts, now: str, stopwatch: Stopwatch) -> Step:
     """Score and policy verdict. The score is 0–100, None when no model could give one."""
-    scored, missing = _score(state, facts.model)
+    scored, missing = _score(state, facts.model, _catalogue(facts.reasons))
     score = None if scored is None else scored.score
     policy, lacking = _policy(state, facts.policy, score)
     section = Validated(
@@ -94,19 +103,29 @@ def _shadow(state: EventState, challenger: Challenger | None, score: float | Non
     return shadow_of(challenger, state.scope.tenant_id, *about, champion=score, bands=bands)
 
 
-def _score(state: EventState, model: Artifact | None) -> tuple[Scored | None, str]:
+def _catalogue(artifact: Artifact | None) -> Catalogue | None:
+    """The pinned catalogue; without one the words are the model's, and what has none is named as `reasons`."""
+    if artifact is None:
+        return None
+    try:
+        return load_catalogue(artifact)
+    except UNREADABLE:
+        return None
+
+
+def _score(state: EventState, model: Artifact | None, catalogue: Catalogue | None) -> tuple[Scored | None, str]:
     """The score, and the name of what was missing for it: nothing if it may be relied on."""
     if model is None:
         return None, "model"
     known = created(state)
     try:
-        scored = score_event(model, state.event, known.history, known.velocity)
+        scored = score_event(model, state.event, known.history, known.velocity, catalogue)
     except HistoryLostError:
         return None, "velocity"
     except UNREADABLE:
         return None, "model"
     # A score that was raised by something without words is one that nobody can explain.
-    return scored, "reasons" if scored.uncovered else ""
+    return scored, "reasons" if scored.uncovered or (known.pins.reasons and catalogue is None) else ""
 
 
 def _policy(state: EventState, policy: Artifact | None, score: float | None) -> tuple[PolicyVerdict, str]:

@@ -1,4 +1,4 @@
-"""Lists of names, and trials of models, are registered like everything that decides.
+"""Lists of names, catalogues of reasons and trials of models are registered like everything that decides.
 
 Frozen, as every revision. A release that does not know these kinds never asks for them.
 """
@@ -17,5 +17,5 @@ def upgrade() -> None:
     op.execute("ALTER TABLE registry_versions DROP CONSTRAINT registry_versions_kind")
     op.execute(
         "ALTER TABLE registry_versions ADD CONSTRAINT registry_versions_kind "
-        "CHECK (kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists', 'trial'))"
+        "CHECK (kind IN ('model', 'prompt', 'policy', 'guardrail', 'lists', 'reasons', 'trial'))"
     )

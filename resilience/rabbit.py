@@ -38,6 +38,8 @@ log = structlog.get_logger("rabbit")
 
 Handler = Callable[[Sequence[Delivery]], Awaitable[Sequence[Settlement]]]
 Probe = Callable[[], Awaitable[None]]
+Losses = list[aio_pika.abc.AbstractConnection]
+"""A broker's connection, once for each time it was lost."""
 
 _CLIENT_ERRORS = (aiormq.exceptions.AMQPError, ConnectionError, OSError, TimeoutError, RuntimeError)
 _CONNECT_S, _START_S = 10.0, 15.0
@@ -205,6 +207,7 @@ class RabbitConsumer:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._subscribers: dict[str, Any] = {}
         self._broker: RabbitBroker | None = None
+        self._losses: Losses = []
         self._loop: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
@@ -219,21 +222,21 @@ class RabbitConsumer:
 
     async def _subscribe(self, *, again: bool = False) -> None:
         """`again`: a queue that was deleted meanwhile is left, or it would keep the others waiting."""
-        losses: list[object] = []
+        losses: Losses = []
 
-        def lost(*_: object) -> None:
-            losses.append(None)
+        def lost(connection: aio_pika.abc.AbstractConnection, *_: object) -> None:
+            losses.append(connection)
             if self._broker is broker:
                 self._lost.set()
 
         broker = _consuming(self._url, self._policy.prefetch, lost)
-        async with _closed_on_failure(broker):
+        async with _closed_on_failure(broker, losses):
             if again:
                 self._queues = await _found(broker, self._queues)
             self._subscribers = {queue: self._attach(broker, queue) for queue in self._queues}
             await _start(broker)
             _refuse_if(losses)
-        self._broker = broker
+        self._broker, self._losses = broker, losses
 
     async def _watch(self) -> None:
         """After a lost connection subscribe afresh: the client's own restoring may leave queues without a consumer."""
@@ -335,10 +338,13 @@ class RabbitConsumer:
     async def _next_group(self) -> list[_Held]:
         taker = asyncio.ensure_future(self._waiting.get())
         stopper = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({taker, stopper}, return_when=asyncio.FIRST_COMPLETED)
-        stopper.cancel()
+        try:
+            await asyncio.wait({taker, stopper}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopper.cancel()
+            if not taker.done():
+                taker.cancel()
         if not taker.done():
-            taker.cancel()
             return []
         group = [taker.result()]
         if self._policy.linger_s and self._waiting.qsize() < self._policy.group:
@@ -400,7 +406,7 @@ class RabbitConsumer:
         """Closing the connection returns every unacked delivery, uncounted as an attempt."""
         broker, self._broker = self._broker, None
         if broker is not None:
-            await _close(broker)
+            await _close(broker, self._losses)
         while not self._waiting.empty():
             self._waiting.get_nowait()
 
@@ -426,7 +432,7 @@ class RabbitConsumer:
             await asyncio.wait({self._loop}, timeout=_RELEASE_S)  # a group that is stuck still gives its locks back
         broker, self._broker = self._broker, None
         if broker is not None:
-            await _close(broker)
+            await _close(broker, self._losses)
 
 
 class RabbitReplies:
@@ -442,6 +448,7 @@ class RabbitReplies:
         self._address = reply_queue(boot)
         self._board = ReplyBoard()
         self._broker: RabbitBroker | None = None
+        self._losses: Losses = []
         self._watcher: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
 
@@ -460,10 +467,10 @@ class RabbitReplies:
         return self._board.wait(event_id, timeout_s)
 
     async def _subscribe(self) -> None:
-        losses: list[object] = []
+        losses: Losses = []
 
-        def lost(*_: object) -> None:
-            losses.append(None)
+        def lost(connection: aio_pika.abc.AbstractConnection, *_: object) -> None:
+            losses.append(connection)
             if self._broker is broker:
                 self._lost.set()
 
@@ -481,10 +488,10 @@ class RabbitReplies:
             arguments={"x-max-length": _REPLIES},  # a process that hangs must not fill the broker's memory
         )
         broker.subscriber(queue, ack_policy=AckPolicy.ACK_FIRST, no_reply=True, decoder=_raw_body)(receive)
-        async with _closed_on_failure(broker):
+        async with _closed_on_failure(broker, losses):
             await _start(broker)
             _refuse_if(losses)
-        self._broker = broker
+        self._broker, self._losses = broker, losses
 
     async def _watch(self) -> None:
         """After a lost connection subscribe afresh; the broker may hold the old queue until it has missed it too."""
@@ -505,7 +512,7 @@ class RabbitReplies:
     async def _disconnect(self) -> None:
         broker, self._broker = self._broker, None
         if broker is not None:
-            await _close(broker)
+            await _close(broker, self._losses)
 
     async def close(self) -> None:
         """Close the connection; whoever still waits is answered None at once."""
@@ -574,7 +581,7 @@ async def _start(broker: RabbitBroker) -> None:
         ) from error
 
 
-def _refuse_if(losses: Sequence[object]) -> None:
+def _refuse_if(losses: Losses) -> None:
     """Raise MessagingFailureError for a connection that was lost on the way: the client may have restored it without
     some of its consumers, and nobody would hear of the loss any more.
     """
@@ -583,25 +590,29 @@ def _refuse_if(losses: Sequence[object]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _closed_on_failure(broker: RabbitBroker) -> AsyncIterator[None]:
+async def _closed_on_failure(broker: RabbitBroker, losses: Losses) -> AsyncIterator[None]:
     """Close a broker that is not taken into use, also when whoever made it is cancelled: it would go on consuming."""
     try:
         yield
     except BaseException:
-        await _close(broker)
+        await _close(broker, losses)
         raise
 
 
-async def _close(broker: RabbitBroker) -> None:
+async def _close(broker: RabbitBroker, losses: Losses) -> None:
     """Close a broker's connection, to the end even when cancelled: a lost one would be restored by its client.
 
-    One that is gone already may answer with any error, or never.
+    One that is gone already may answer with any error, or never. What the client still waits to restore on one that
+    was lost is let go: it would wait for ever, since the client does not tell it of the close.
     """
     try:
         await _stop(broker)
     except asyncio.CancelledError:
         await _stop(broker)
         raise
+    finally:
+        for connection in losses:
+            connection.connected.set()  # whoever waits looks, finds it closed and gives up
 
 
 async def _stop(broker: RabbitBroker) -> None:

@@ -78,20 +78,21 @@ async def test_a_connection_that_is_lost_while_it_is_made_is_closed_and_not_cons
     made: list[Any] = []
 
     class Broker:
-        def __init__(self, lost: Callable[[], None], times: int) -> None:
+        def __init__(self, lost: Callable[[Any], None], times: int) -> None:
             self.lost, self.times, self.closed = lost, times, False
+            self.connected = asyncio.Event()  # as its connection's, whose channels wait for it
 
         def subscriber(self, *_: object, **__: object) -> Callable[[Any], Any]:
             return lambda receive: receive
 
         async def start(self) -> None:
             for _ in range(self.times):
-                self.lost()
+                self.lost(self)
 
         async def stop(self) -> None:
             self.closed = True
 
-    def consuming(_url: str, _prefetch: int, lost: Callable[[], None]) -> Any:
+    def consuming(_url: str, _prefetch: int, lost: Callable[[Any], None]) -> Any:
         made.append(Broker(lost, 1 if not made else 0))
         return made[-1]
 
@@ -104,6 +105,7 @@ async def test_a_connection_that_is_lost_while_it_is_made_is_closed_and_not_cons
         with pytest.raises(MessagingFailureError):
             await subscriber._subscribe()
         assert made[0].closed
+        assert made[0].connected.is_set()  # what its client waited to restore is let go
         assert subscriber._broker is None
         await subscriber._subscribe()
         assert subscriber._broker is made[1]

@@ -45,7 +45,8 @@ CLEARED: Final = 1
 FRAUD: Final = 2
 _NOTHING: Final = bytes(8)
 _NO_CURRENCY: Final = bytes(3)
-_FRAUD_LABELS: Final = frozenset({"chargeback", "default", "confirmed_fraud"})
+FRAUD_LABELS: Final = frozenset({"chargeback", "default", "confirmed_fraud"})
+"""Labels that say that an event was a fraud; every other one clears it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +292,7 @@ def verdict_of(label: Label) -> Verdict:
 
 def verdict(label: str, effective_at: datetime) -> Verdict:
     """The same of a label that is not a value yet."""
-    return Verdict(FRAUD if label in _FRAUD_LABELS else CLEARED, max(since_1900(effective_at), 1))
+    return Verdict(FRAUD if label in FRAUD_LABELS else CLEARED, max(since_1900(effective_at), 1))
 
 
 _EPOCH_1900: Final = datetime.fromisoformat("1900-01-01T00:00:00+00:00")

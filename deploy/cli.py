@@ -23,6 +23,7 @@ from contracts.failures import InfrastructureError, RiskfleetError
 from contracts.tenancy import TenantScope
 from contracts.topology import Stage
 from deploy import (
+    cli_backtest,
     cli_bench,
     cli_people,
     cli_redecide,
@@ -76,6 +77,7 @@ cli_people.attach(app)
 cli_bench.attach(app)
 cli_train.attach(app)
 cli_redecide.attach(app)
+cli_backtest.attach(app)
 
 console = Console()
 errors = Console(stderr=True)

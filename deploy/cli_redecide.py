@@ -95,7 +95,7 @@ async def _redecide(
         ledger, found, missing = PostgresLedger(engine), list[Any](), list[str]()
         with Progress(console=errors, disable=quiet or not sys.stderr.isatty(), transient=True) as progress:
             bar = progress.add_task("decided again", total=len(events) or last)
-            async for page, absent in _pages(engine, scope, events, last, since):
+            async for page, absent in pages(engine, scope, events, last, since):
                 found += await again(page, registry, ledger)
                 missing += absent
                 progress.advance(bar, len(page))
@@ -104,7 +104,7 @@ async def _redecide(
         await pg.dispose(engine)
 
 
-async def _pages(
+async def pages(
     engine: AsyncEngine, scope: TenantScope, events: list[str], last: int, since: datetime | None
 ) -> AsyncIterator[tuple[list[tuple[str, bytes]], list[str]]]:
     """Pages of stored states; with each the names among `events` that nothing was decided for."""

@@ -76,7 +76,7 @@ async def _one(event_id: str, data: bytes, ports: StagePorts) -> Redecision:
         then = state_from_bytes(data)
         if then.decided is None or then.n != FINAL_VERSION:
             return Redecision(event_id, problem="the stored state holds no decision")
-        now = await _again(then, ports)
+        now = await again(then, then.rewound(1), ports)
     except (UndecodableEntryError, InvalidWorkflowStateError) as error:
         return Redecision(event_id, problem=error.detail)
     assert now.decided is not None
@@ -88,8 +88,8 @@ async def _one(event_id: str, data: bytes, ports: StagePorts) -> Redecision:
     return Redecision(event_id, *outcomes, found or (Difference("", "other bytes", "canonical bytes"),))
 
 
-async def _again(then: EventState, ports: StagePorts) -> EventState:
-    state = then.rewound(1)
+async def again(then: EventState, state: EventState, ports: StagePorts) -> EventState:
+    """The stages behind retrieval once more on `state`, with the facts and at the times of a decided one."""
     for stage in _AGAIN:
         functions = stage_of(then.KIND, stage)
         if stage is Stage.DECISION:

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.tenancy import TenantScope
+from contracts.velocity import FRAUD_LABELS
 from governance.postgres.engine import transaction
 
 PAGE: Final = 200
@@ -29,6 +30,21 @@ _NEWEST: Final = text(
      ORDER BY decided_at DESC, event_id DESC LIMIT :limit
     """
 )
+
+
+_LABELS: Final = text(
+    """
+    SELECT DISTINCT ON (event_id) event_id, label FROM labels
+     WHERE tenant = :tenant AND event_id = ANY(CAST(:ids AS text[])) ORDER BY event_id, effective_at DESC, label_id
+    """
+)
+
+
+async def frauds_of(engine: AsyncEngine, scope: TenantScope, event_ids: Sequence[str]) -> dict[str, bool]:
+    """Whether each labelled event was a fraud, by its latest label."""
+    async with transaction(engine, [scope]) as connection:
+        rows = (await connection.execute(_LABELS, {"tenant": scope.tenant_id, "ids": list(event_ids)})).all()
+    return {row.event_id: row.label in FRAUD_LABELS for row in rows}
 
 
 async def states_of(engine: AsyncEngine, scope: TenantScope, event_ids: Sequence[str]) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -115,9 +116,9 @@ async def test_every_event_of_both_doors_ends_in_one_decision_with_its_whole_tra
     await fleet.assert_empty()
 
 
-async def redecide(fleet: RunningFleet, *words: str) -> tuple[int | None, dict[str, Any], str]:
-    """Exit code, answer and complaint of `riskfleet redecide`."""
-    command = (sys.executable, "-m", "deploy.cli", "redecide", *words, "--json")
+async def told(fleet: RunningFleet, *words: str) -> tuple[int | None, dict[str, Any], str]:
+    """Exit code, answer and complaint of a command of `riskfleet`."""
+    command = (sys.executable, "-m", "deploy.cli", *words, "--json")
     process = await asyncio.create_subprocess_exec(
         *command, env=dict(os.environ) | environment_of(fleet.settings), stdout=PIPE, stderr=PIPE
     )
@@ -127,13 +128,37 @@ async def redecide(fleet: RunningFleet, *words: str) -> tuple[int | None, dict[s
 
 async def test_every_decision_is_made_again_to_the_byte(fleet: RunningFleet) -> None:
     tenant, scope = fleet.upstreams["acme"].tenant, fleet.scope("acme")
-    code, found, _ = await redecide(fleet, "--tenant", tenant)
+    code, found, _ = await told(fleet, "redecide", "--tenant", tenant)
     assert (code, found["decided_again"], found["identical"], found["different"]) == (0, 60, 60, [])
-    code, found, _ = await redecide(fleet, "--tenant", tenant, "plain-0007", event_id_of(scope, "plain-0008"), "nobody")
+    code, found, _ = await told(
+        fleet, "redecide", "--tenant", tenant, "plain-0007", event_id_of(scope, "plain-0008"), "nobody"
+    )
     assert (code, found["identical"], found["not_decided"]) == (1, 2, ["nobody"])
-    code, _, complaint = await redecide(fleet, "--tenant", "nobody-at-all")
+    code, _, complaint = await told(fleet, "redecide", "--tenant", "nobody-at-all")
     assert code == 2
     assert "there is no tenant nobody-at-all" in complaint
+
+
+async def test_a_rule_that_nobody_registered_is_tried_on_what_was_decided(fleet: RunningFleet, tmp_path: Path) -> None:
+    tenant = fleet.upstreams["acme"].tenant
+    rule = {"id": "never", "when": "false", "result": "DENY", "code": "NEVER", "text": "never"}
+    candidate = tmp_path / "candidate.json"
+
+    async def tried(**changes: Any) -> tuple[int | None, dict[str, Any], str]:
+        content = {"type": "cel", "rules": [rule | changes]}
+        candidate.write_text(json.dumps({"kind": "policy", "name": "mine", "content": content}))
+        return await told(fleet, "backtest", "--tenant", tenant, "--candidate", str(candidate))
+
+    code, found, _ = await tried(id="all", when="true")
+    assert (code, found["events"], found["problems"]) == (0, 60, 0)
+    assert {now for _, now, _ in found["outcomes"]} == {"REJECTED"}
+    assert found["rules"]["all"] == [0, 60]
+    assert len(found["flipped"]) == found["flips"] > 0
+    code, found, _ = await tried()
+    assert (code, found["rules"].get("never")) == (0, None)
+    code, _, complaint = await tried(when="1 +")
+    assert code == 2
+    assert "could not be submitted" in complaint
 
 
 async def test_another_tenant_sees_nothing_of_it(fleet: RunningFleet) -> None:

@@ -30,7 +30,7 @@ def run(role: str, which: str | None, health_port: int | None) -> None:
         loaded = loaded.model_copy(update={"health_port": health_port})
     name = role if which is None else f"{role}-{which}"
     logs.configure(loaded.log_level, name)
-    uvloop.run(stopping.until_told(wiring.role(loaded, role, which)))
+    uvloop.run(stopping.left_when_failed(stopping.until_told(wiring.role(loaded, role, which))))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,9 @@
 Promises: before a loop runs nothing is held, and the signal ends the process at once; while a role starts it is
 cancelled and closes what it opened; a role that serves stops in its own order. What is stuck, in a handler or in a
 server that hangs, is abandoned after `GRACE_S`: it was not acked, so the broker gives it again, and its locks end with
-their lease. Does not decide what to stop first: that is each role's affair.
+their lease. A role that fails leaves within `LEAVE_S` too, so that its supervisor starts it again: a client's task that
+will not be cancelled must not keep a process that does nothing. Does not decide what to stop first: that is each role's
+affair.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 GRACE_S: Final = 21.0
 """Seconds between the signal and the end of the process at the latest; below the grace of every supervisor of ours."""
+
+
+LEAVE_S: Final = 8.0
+"""Seconds between a role's failure and the end of its process at the latest."""
 
 
 @dataclass(slots=True)
@@ -79,6 +85,18 @@ async def until_told(role: Coroutine[Any, Any, None], grace_s: float = GRACE_S) 
             raise
         log.warning("role.stopped_without_a_server", exception_class=type(error).__name__)
     log.info("role.stopped")
+
+
+async def left_when_failed(role: Coroutine[Any, Any, None], leave_s: float = LEAVE_S) -> None:
+    """Run the only coroutine of a process. Raises what it raised; if the loop then does not end, the process does."""
+    try:
+        await role
+    except BaseException as error:
+        # The codes of `deploy.role`: a server that is not reachable, or anything else.
+        watchdog = threading.Timer(leave_s, os._exit, (3 if isinstance(error, InfrastructureError) else 1,))
+        watchdog.daemon = True
+        watchdog.start()
+        raise
 
 
 def stop_signal() -> asyncio.Event:

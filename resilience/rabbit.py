@@ -67,18 +67,29 @@ class RabbitPublisher:
         """Connect. Raises MessagingFailureError when the broker does not answer."""
         try:
             async with asyncio.timeout(self._timeout_s * 2):
-                self._connection = await aio_pika.connect_robust(
+                connection = await aio_pika.connect_robust(
                     self._url,
                     timeout=self._timeout_s,
                     reconnect_interval=0.5,
                     client_properties={"connection_name": self._name},
+                    connection_class=self._made,
                 )
-                await self._open_channels(self._connection)
+                await self._open_channels(connection)
         except _CLIENT_ERRORS as error:
             await self.close()
             raise MessagingFailureError(
                 f"RabbitMQ does not answer ({type(error).__name__}); is it up, and is RABBITMQ_URL right?"
             ) from error
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+
+    def _made(self, *args: Any, **kwargs: Any) -> aio_pika.RobustConnection:
+        """The connection, known before it is made: one that is given up half-way connects for ever unless closed, and
+        does not let its loop end.
+        """
+        self._connection = connection = aio_pika.RobustConnection(*args, **kwargs)
+        return connection
 
     async def publish(self, messages: Sequence[Message]) -> Sequence[Confirm]:
         """Publish all and await their confirms together; one Confirm per message."""

@@ -16,7 +16,7 @@ from contracts.failures import MessagingFailureError
 from contracts.ports import Delivery
 from contracts.settlement import Ack, Settlement
 from resilience import rabbit
-from resilience.rabbit import ConsumerPolicy, PausePolicy, RabbitConsumer, RabbitReplies
+from resilience.rabbit import ConsumerPolicy, PausePolicy, RabbitConsumer, RabbitPublisher, RabbitReplies
 
 
 async def handle(deliveries: Sequence[Delivery]) -> Sequence[Settlement]:
@@ -158,3 +158,27 @@ async def test_a_consumer_that_is_stopped_while_it_subscribes_leaves_no_connecti
         await asyncio.wait_for(started.wait(), 5)
         await stop()
         assert [one.closed for one in made] == [True, True]
+
+
+async def test_a_publisher_that_is_given_up_while_it_connects_leaves_no_task_of_its_client() -> None:
+    """Such a task takes a cancellation for one more failed try: the loop of a role that failed would never end."""
+    asked = asyncio.Event()
+
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await asyncio.sleep(60)
+
+    server = await asyncio.start_server(silent, "127.0.0.1")
+    port = server.sockets[0].getsockname()[1]
+    before = asyncio.all_tasks()
+    starting = asyncio.create_task(RabbitPublisher(f"amqp://127.0.0.1:{port}/", timeout_s=30).start())
+    await asyncio.wait_for(asked.wait(), 5)
+    serving = asyncio.all_tasks() - before - {starting}
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    left = {task for task in asyncio.all_tasks() - before if "silent" not in repr(task)}
+    assert not left, left
+    for task in serving:
+        task.cancel()
+    server.close()

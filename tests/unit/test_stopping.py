@@ -108,3 +108,30 @@ def test_a_role_that_fails_by_itself_is_not_taken_for_one_that_stopped() -> None
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "DatabaseError" in done.stderr
+
+
+@pytest.mark.parametrize(("error", "code"), [("MessagingFailureError", 3), ("RiskfleetError", 1)])
+def test_a_role_that_fails_leaves_although_a_task_will_not_be_cancelled(error: str, code: int) -> None:
+    """As the AMQP client's own: its task that connects again takes a cancellation for one more failed try."""
+    program = f"""
+import asyncio
+from contracts.failures import MessagingFailureError, RiskfleetError
+from deploy.stopping import left_when_failed, until_told
+
+async def stubborn():
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            continue
+
+async def role():
+    global kept
+    kept = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    raise {error}("the start failed")
+
+asyncio.run(left_when_failed(until_told(role()), leave_s=0.5))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=30, check=False)
+    assert ended.returncode == code, ended.stderr

@@ -149,7 +149,8 @@ def summed(compared: Sequence[Compared], truth: Mapping[str, bool]) -> BacktestR
     """The report over comparisons. `truth`: event id → whether it was a fraud, for those that are labelled."""
     good = [one for one in compared if not one.problem]
     shifts = [b - a for one in good if (a := one.score_then) is not None and (b := one.score_now) is not None]
-    then, now = (Counter(rule for rules in fired for rule in rules) for fired in _fired(good))
+    then = Counter(rule for one in good for rule in one.rules_then)
+    now = Counter(rule for one in good for rule in one.rules_now)
     segments = Counter(one.segment for one in good)
     flipped = Counter(one.segment for one in good if one.flips)
     known = [(one, truth[one.event_id]) for one in good if one.event_id in truth]
@@ -166,10 +167,6 @@ def summed(compared: Sequence[Compared], truth: Mapping[str, bool]) -> BacktestR
         before=_quality((one.outcome_then, fraud) for one, fraud in known),
         after=_quality((one.outcome_now, fraud) for one, fraud in known),
     )
-
-
-def _fired(compared: Sequence[Compared]) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
-    return [one.rules_then for one in compared], [one.rules_now for one in compared]
 
 
 def _quality(pairs: Iterable[tuple[str, bool]]) -> Quality:

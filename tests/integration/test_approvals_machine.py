@@ -7,7 +7,7 @@ it. Each example is a tenant of its own, so that a failure is replayed by its op
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from contracts.failures import AuthorizationError, ConflictError, RiskfleetError
 from contracts.state import Thresholds
 from contracts.topology import DECISIONS, Layouts
-from deploy.migrations.upgrade import role_of, upgrade
-from deploy.servers import ServerUrls
 from governance.approvals import ApprovalStatus, Cause
-from governance.postgres import PostgresLedger, create_engine, create_tenant
+from governance.postgres import PostgresLedger, create_tenant
 from governance.postgres.approvals import Approvals
 from tests.fakes import RecordingTelemetry
+from tests.integration import test_approvals
 from tests.integration.test_approvals import ANN, BOB, CAT, PARTITIONS, Room, set_policy
 from tests.integration.test_postgres import SetClock, fresh_scope
 
@@ -120,17 +119,7 @@ class Modelled:
             self._close(ApprovalStatus.EXPIRED, "pipeline")
 
 
-@pytest.fixture(scope="module")
-def database(servers: ServerUrls) -> ServerUrls:
-    upgrade(servers.migration_database, role_of(servers.database))
-    return servers
-
-
-@pytest.fixture
-async def engine(database: ServerUrls) -> AsyncIterator[AsyncEngine]:
-    engine = create_engine(database.database, pool_size=4)
-    yield engine
-    await engine.dispose()
+database, engine = test_approvals.database, test_approvals.engine
 
 
 async def new_room(engine: AsyncEngine) -> Room:

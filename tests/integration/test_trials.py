@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -11,10 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from contracts.state import EventState, Shadow
 from contracts.tenancy import TenantScope
-from deploy.migrations.upgrade import role_of, upgrade
-from deploy.servers import ServerUrls
-from governance.postgres import PostgresLedger, create_engine, create_tenant
+from governance.postgres import PostgresLedger, create_tenant
 from governance.postgres.looking import Looking
+from tests.integration import test_approvals
 from tests.integration.test_postgres import decided, fresh_scope, received
 
 pytestmark = pytest.mark.integration
@@ -22,17 +20,7 @@ pytestmark = pytest.mark.integration
 LONG_AGO, FAR_OFF = datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module")
-def database(servers: ServerUrls) -> ServerUrls:
-    upgrade(servers.migration_database, role_of(servers.database))
-    return servers
-
-
-@pytest.fixture
-async def engine(database: ServerUrls) -> AsyncIterator[AsyncEngine]:
-    engine = create_engine(database.database, pool_size=4)
-    yield engine
-    await engine.dispose()
+database, engine = test_approvals.database, test_approvals.engine
 
 
 def tried(scope: TenantScope, identity: str, score: float | None) -> EventState:
